@@ -1,0 +1,228 @@
+"""Configs: frozen, strict, read from TOML or YAML, with overrides spelled as in the file."""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vpmoe.errors import ConfigError, UsageError, VpmoeError
+
+Tree = dict[str, Any]
+EXTENDS = "extends"
+
+
+class Config(BaseModel):
+    """Immutable, strict and self-documenting settings: an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load(path: Path, cls: type[C], overrides: Sequence[str] = ()) -> C:
+    """Read a config file, apply `key=value` overrides and validate the result.
+
+    Raises:
+        ConfigError: Listing everything that is wrong, each with its dotted path.
+        UsageError: If an override is not of the form `key=value`.
+    """
+    return validate(cls, apply_overrides(read_tree(path), overrides), source=str(path))
+
+
+def read_tree(path: Path) -> Tree:
+    """The file as nested dicts, with every `extends` resolved.
+
+    A table with `extends = "other.toml"` starts from that file's content (looked up beside the
+    file that names it) and its own keys win, table by table.
+
+    Raises:
+        ConfigError: If a file is missing, cannot be parsed, or extends itself.
+    """
+    return _read(Path(path), ())
+
+
+def _read(path: Path, parents: tuple[Path, ...]) -> Tree:
+    resolved = path.resolve()
+    if resolved in parents:
+        raise ConfigError([(f"{path} extends itself", "break the circle of `extends`")])
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError([(f"cannot read config {path}: {reason}", "check the path")]) from error
+    return _resolve(_parse(text, path), path, (*parents, resolved))
+
+
+def _parse(text: str, path: Path) -> Tree:
+    try:
+        if path.suffix in {".yaml", ".yml"}:
+            tree = yaml.safe_load(text)
+        elif path.suffix == ".toml":
+            tree = tomllib.loads(text)
+        else:
+            hint = "configs end in .toml, .yaml or .yml"
+            raise ConfigError([(f"{path}: unknown config format {path.suffix!r}", hint)])
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        first = " ".join(str(error).split())
+        raise ConfigError([(f"{path}: {first}", "mend the syntax at that place")]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([(f"{path} holds no settings", "write key = value lines")])
+    return tree
+
+
+def _resolve(tree: Tree, path: Path, parents: tuple[Path, ...]) -> Tree:
+    own = {k: _resolve(v, path, parents) if isinstance(v, dict) else v for k, v in tree.items()}
+    base = own.pop(EXTENDS, None)
+    return own if base is None else merge(_read(path.parent / str(base), parents), own)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
+    """`base` with the keys of `over` on top, table by table.
+
+    Where both tables carry another `kind`, `over`'s table replaces `base`'s whole: the settings of
+    one kind mean nothing to another.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both_tables = isinstance(old, Mapping) and isinstance(value, Mapping)
+        same_kind = both_tables and value.get("kind", old.get("kind")) == old.get("kind")
+        merged[key] = merge(old, value) if both_tables and same_kind else value
+    return merged
+
+
+def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
+    """`tree` with `a.b=value` overrides on top; values are TOML, or else plain strings.
+
+    Raises:
+        UsageError: If an override has no `=` or an empty key.
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UsageError(
+                f"override {override!r} is not of the form key=value", hint="e.g. seq_len=4096"
+            )
+        node: Any = _toml_value(text)
+        for part in reversed(key.split(".")):
+            node = {part: node}
+        tree = merge(tree, node)
+    return tree
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def validate(cls: type[C], tree: Tree, *, source: str) -> C:
+    """`tree` as a `cls`; every error is reported at once, with a suggestion where one is near.
+
+    Raises:
+        ConfigError: With one problem per wrong setting.
+    """
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError([_explain(cls, e, source) for e in error.errors()]) from None
+
+
+def _explain(cls: type[BaseModel], error: Any, source: str) -> tuple[str, str]:
+    """One pydantic error as (message, hint): dotted path without union tags, value seen, remedy."""
+    models, path = _walk(cls, error["loc"])
+    key = ".".join(path) or "config"
+    if error["type"] == "extra_forbidden":
+        known = sorted({name for model in models for name in model.model_fields})
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"{source}: {key} is not a setting", hint
+    if error["type"] == "missing":
+        return f"{source}: {key} is missing", f"add {path[-1]} = ..."
+    if error["type"] == "value_error":
+        cause = error["ctx"]["error"]
+        hint = cause.hint if isinstance(cause, VpmoeError) else ""
+        return f"{source}: {key}: {cause}", hint
+    seen = error["input"]
+    shown = "" if isinstance(seen, dict | list) else f" (got {seen!r})"
+    said = error["msg"][0].lower() + error["msg"][1:]
+    return f"{source}: {key}: {said}{shown}", ""
+
+
+def _walk(
+    cls: type[BaseModel], loc: Sequence[int | str]
+) -> tuple[list[type[BaseModel]], list[str]]:
+    """The models that own the last key of an error location, and the location without union tags."""
+    models: list[type[BaseModel]] = [cls]
+    path: list[str] = []
+    for index, part in enumerate(loc):
+        tagged = [m for m in models if part in _kinds(m)]
+        if tagged and len(models) > 1:
+            models = tagged
+            continue
+        path.append(str(part))
+        if index < len(loc) - 1:
+            inside = [m for model in models for m in _models_of_field(model, str(part))]
+            models = inside or models
+    return models, path
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    field = model.model_fields.get("kind")
+    return get_args(field.annotation) if field else ()
+
+
+def _models_of_field(model: type[BaseModel], name: str) -> Iterator[type[BaseModel]]:
+    field = model.model_fields.get(name)
+    return _models_in(field.annotation) if field else iter(())
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) is not None:
+        for argument in get_args(annotation):
+            yield from _models_in(argument)
+
+
+def resolved(config: Config) -> Tree:
+    """Every setting with its value, ready for JSON."""
+    return config.model_dump(mode="json")
+
+
+def fingerprint(tree: Mapping[str, Any]) -> str:
+    """Twelve hex digits that change when any resolved setting does."""
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One `path: old → new` line for each setting that changed."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    keys = sorted(before.keys() | after.keys())
+    return [
+        f"{key}: {before.get(key, 'absent')} → {after.get(key, 'absent')}"
+        for key in keys
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+
+
+_ABSENT = object()
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

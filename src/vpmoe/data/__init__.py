@@ -1,0 +1,1 @@
+"""SYNTH rows to Harmony conversations to packed batches."""

@@ -1,0 +1,1 @@
+"""What is minimised: sums and counts for each span."""

@@ -1,0 +1,1 @@
+"""NorMuon for matrices, AdamW for the rest."""

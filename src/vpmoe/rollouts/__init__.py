@@ -1,0 +1,1 @@
+"""A student samples its own completions."""

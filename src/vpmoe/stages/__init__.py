@@ -1,0 +1,1 @@
+"""The plans: each stage is a sentence built from the rooms below."""

@@ -1,0 +1,1 @@
+"""The engine: one loop, its state, and Megatron-Core underneath."""
