@@ -162,7 +162,7 @@ def _explain(cls: type[BaseModel], error: Any, source: str) -> tuple[str, str]:
 def _walk(
     cls: type[BaseModel], loc: Sequence[int | str]
 ) -> tuple[list[type[BaseModel]], list[str]]:
-    """The models that own the last key of an error location, and the location without union tags."""
+    """The models that may own the last key of `loc`, and `loc` without union tags."""
     models: list[type[BaseModel]] = [cls]
     path: list[str] = []
     for index, part in enumerate(loc):
