@@ -1,17 +1,17 @@
 """Configs: frozen, strict, read from TOML or YAML, with overrides spelled as in the file."""
 
-import difflib
 import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vpmoe.errors import ConfigError, UsageError, VpmoeError
+from vpmoe.errors import ConfigError, UsageError
+from vpmoe.explain import explain
 
 Tree = dict[str, Any]
 EXTENDS = "extends"
@@ -94,10 +94,15 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        both_tables = isinstance(old, Mapping) and isinstance(value, Mapping)
-        same_kind = both_tables and value.get("kind", old.get("kind")) == old.get("kind")
-        merged[key] = merge(old, value) if both_tables and same_kind else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and _same_kind(old, value):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
     return merged
+
+
+def _same_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return new.get("kind", old.get("kind")) == old.get("kind")
 
 
 def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
@@ -121,9 +126,10 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"v = {text}")["v"]
+        value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         return text
+    return value if isinstance(value, bool | int | float | str | list | dict) else text  # a date
 
 
 def validate(cls: type[C], tree: Tree, *, source: str) -> C:
@@ -135,64 +141,7 @@ def validate(cls: type[C], tree: Tree, *, source: str) -> C:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError([_explain(cls, e, source) for e in error.errors()]) from None
-
-
-def _explain(cls: type[BaseModel], error: Any, source: str) -> tuple[str, str]:
-    """One pydantic error as (message, hint): dotted path without union tags, value seen, remedy."""
-    models, path = _walk(cls, error["loc"])
-    key = ".".join(path) or "config"
-    if error["type"] == "extra_forbidden":
-        known = sorted({name for model in models for name in model.model_fields})
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"{source}: {key} is not a setting", hint
-    if error["type"] == "missing":
-        return f"{source}: {key} is missing", f"add {path[-1]} = ..."
-    if error["type"] == "value_error":
-        cause = error["ctx"]["error"]
-        hint = cause.hint if isinstance(cause, VpmoeError) else ""
-        return f"{source}: {key}: {cause}", hint
-    seen = error["input"]
-    shown = "" if isinstance(seen, dict | list) else f" (got {seen!r})"
-    said = error["msg"][0].lower() + error["msg"][1:]
-    return f"{source}: {key}: {said}{shown}", ""
-
-
-def _walk(
-    cls: type[BaseModel], loc: Sequence[int | str]
-) -> tuple[list[type[BaseModel]], list[str]]:
-    """The models that may own the last key of `loc`, and `loc` without union tags."""
-    models: list[type[BaseModel]] = [cls]
-    path: list[str] = []
-    for index, part in enumerate(loc):
-        tagged = [m for m in models if part in _kinds(m)]
-        if tagged and len(models) > 1:
-            models = tagged
-            continue
-        path.append(str(part))
-        if index < len(loc) - 1:
-            inside = [m for model in models for m in _models_of_field(model, str(part))]
-            models = inside or models
-    return models, path
-
-
-def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
-    field = model.model_fields.get("kind")
-    return get_args(field.annotation) if field else ()
-
-
-def _models_of_field(model: type[BaseModel], name: str) -> Iterator[type[BaseModel]]:
-    field = model.model_fields.get(name)
-    return _models_in(field.annotation) if field else iter(())
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) is not None:
-        for argument in get_args(annotation):
-            yield from _models_in(argument)
+        raise ConfigError([explain(cls, e, source=source) for e in error.errors()]) from None
 
 
 def resolved(config: Config) -> Tree:
