@@ -1,0 +1,32 @@
+# The whole developer interface. Every target makes .venv first when it is missing or out of date.
+.PHONY: setup demo test check docs test-slow test-gpu
+
+export OMP_NUM_THREADS ?= 1
+export PYTHONDONTWRITEBYTECODE ?= 1
+bin := .venv/bin
+pytest := $(bin)/python -m pytest
+
+setup:    ## make .venv (idempotent)
+	@scripts/setup.sh
+
+demo: setup    ## teacher, three stages, report: on a laptop
+	@OMP_NUM_THREADS= $(bin)/vpmoe demo
+
+test: setup    ## every test that needs neither a GPU nor patience
+	@$(pytest) -q -n 2 --dist loadfile --durations=10
+
+check: setup    ## format, lint, types, imports, generated pages
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/pyright
+	$(bin)/lint-imports
+	$(bin)/python scripts/docs.py --check
+
+docs: setup    ## write the generated pages
+	@$(bin)/python scripts/docs.py
+
+test-slow: setup    ## tests over ten seconds, random kills among them
+	@$(pytest) -q -m "slow and not gpu and not multi_gpu and not network"
+
+test-gpu: setup    ## tests that need one GPU; with more, also the ones that need several
+	@$(pytest) -q -m "gpu or multi_gpu"
