@@ -35,7 +35,7 @@ else
   [ -d .venv ] || "$python" -m venv .venv
 fi
 
-.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
+.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt uv
 # uv does not read pip's settings; without the local wheels it would fetch a CUDA torch.
 wheels=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || true)}}
 UV_FIND_LINKS=${wheels//$'\n'/,} .venv/bin/uv pip install -q -p .venv "${options[@]}"
