@@ -41,5 +41,5 @@ def test_ids_that_are_no_subset_are_refused(ids):
 def test_a_token_outside_is_named():
     subset = VocabSubset([3, 17])
     subset.require(np.array([3, 17, 3]), what="the dataset")
-    with pytest.raises(DataError, match="the dataset uses 2 token ids .* first 4"):
+    with pytest.raises(DataError, match=r"the dataset uses 2 token ids .* first 4"):
         subset.require(np.array([5, 4, 3]), what="the dataset")

@@ -39,8 +39,8 @@ def require_sampler_equals_trainer(
     gap = (recomputed - batch.rollout_logprobs[sampled]).abs().mean().item()
     if not gap <= tolerance_nats:
         raise RunError(
-            f"sampler and trainer disagree by {gap:.4f} nats per token on the student's own tokens, "
-            f"tolerance {tolerance_nats:g}",
+            f"sampler and trainer disagree by {gap:.4f} nats per token on the student's own "
+            f"tokens, tolerance {tolerance_nats:g}",
             hint="the key/value cache, the masks or the prompts differ between the two paths",
         )
     return gap
