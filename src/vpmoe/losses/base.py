@@ -1,0 +1,176 @@
+"""What every loss receives and returns: rows of labels in, sums and counts per span out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+from vpmoe.errors import DataError
+from vpmoe.spans import NUM_SPANS, Span
+
+TOKENS = "tokens"
+CONTENT_PREFIX = "content_"
+CONTENT_TOKENS = CONTENT_PREFIX + TOKENS
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """One row per label, batch and sequence flattened.
+
+    Attributes:
+        hidden: Final normed states, with grad when training.
+        head_weight: Output embedding, one row per token of the model's vocabulary.
+        labels: Rows of `head_weight`, i.e. already mapped where the model keeps a subset.
+        span_ids: `Span` of each label.
+        content_mask: True where the label is message text, not a header or an end token.
+        teacher_logprobs: log p of the label under the teacher, nats, no grad.
+        rollout_logprobs: log p of the label under the student that sampled it, nats, no grad.
+    """
+
+    hidden: Float[Tensor, "rows dim"]
+    head_weight: Float[Tensor, "vocab dim"]
+    labels: Int64[Tensor, " rows"]
+    span_ids: UInt8[Tensor, " rows"]
+    content_mask: Bool[Tensor, " rows"]
+    teacher_logprobs: Float[Tensor, " rows"] | None = None
+    rollout_logprobs: Float[Tensor, " rows"] | None = None
+
+    def select(self, rows: Tensor | slice) -> "LossInputs":
+        """The chosen rows; grad flows back through `hidden`."""
+        chosen = {
+            field.name: getattr(self, field.name)[rows]
+            for field in fields(self)
+            if field.name != "head_weight" and getattr(self, field.name) is not None
+        }
+        return replace(self, **chosen)
+
+    def trained(self) -> "LossInputs":
+        """The rows that a loss reads; ignored labels cost nothing from here on."""
+        return self.select((self.span_ids != Span.IGNORE).nonzero().squeeze(1))
+
+    def require(self, needs: frozenset[str]) -> None:
+        """Refuse to go on without what a loss reads.
+
+        Raises:
+            DataError: Naming what is missing.
+        """
+        for need in sorted(needs):
+            if getattr(self, need) is None:
+                raise DataError(
+                    f"the loss needs {need}, and the batch has none",
+                    hint="give the batches scores of the teacher, or choose another loss",
+                )
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Sums over this rank's rows; nothing in here has been divided by a count.
+
+    Attributes:
+        total: `(span_scales * loss_sums).sum()`, the scalar to call `backward` on.
+        loss_sums: Per span, detached, float64.
+        token_counts: Labels per span; `Span.IGNORE` is never counted.
+        metrics: Per-span sums by name, detached, float64.
+    """
+
+    total: Float[Tensor, ""]
+    loss_sums: Float[Tensor, " span"]
+    token_counts: Int64[Tensor, " span"]
+    metrics: dict[str, Float[Tensor, " span"]]
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Everything to add up over micro-batches and ranks, by name: "loss", "tokens", metrics."""
+        return {"loss": self.loss_sums, TOKENS: self.token_counts.double(), **self.metrics}
+
+
+class Loss(Protocol):
+    """A training objective over the rows of one micro-batch.
+
+    Losses with state (a running mean) change it in `after_step` only, from sums over the whole
+    global batch, so that every rank holds the same state at any partition of the batch.
+    """
+
+    needs: frozenset[str]
+
+    def __call__(self, inputs: LossInputs, span_scales: Float[Tensor, " span"]) -> LossOutput:
+        """Sums and counts of one micro-batch, with the scalar to differentiate."""
+        ...
+
+    def after_step(self, sums: Mapping[str, Tensor]) -> None:
+        """Learn from one optimizer step's `LossOutput.sums`, added up over all ranks."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+        ...
+
+
+def sum_by_span(
+    values: Float[Tensor, " rows"] | Bool[Tensor, " rows"], span_ids: UInt8[Tensor, " rows"]
+) -> Float[Tensor, " span"]:
+    """Sum of the values of each span, indexed by `Span`, in float64.
+
+    Float64 keeps a long sum independent of its order to far below float32's rounding, which is
+    what makes logged numbers agree between partitions of a batch. No atomic additions.
+
+    References:
+        own; spans are described in docs/losses.md.
+    """
+    spans = torch.arange(NUM_SPANS, device=span_ids.device)
+    members = span_ids == spans[:, None]  # (S, rows)
+    return torch.where(members, values.double(), 0.0).sum(dim=1)
+
+
+def span_scales(
+    weights: Float[Tensor, " span"], token_counts: Float[Tensor, " span"] | Int64[Tensor, " span"]
+) -> Float[Tensor, " span"]:
+    """What one token's loss counts for: w_c / N_c, and 0 for ignored and for empty spans.
+
+    This is the only division of a loss. N_c depends on labels alone, so it is known before the
+    first forward; summed over all micro-batches and ranks it makes the gradient independent of
+    how a global batch was cut up.
+
+    Args:
+        weights: Weight of each span in the objective.
+        token_counts: Labels of each span in the whole global batch.
+
+    References:
+        own; "Sums and counts" in docs/losses.md.
+
+    Example:
+        >>> from torch import tensor
+        >>> span_scales(tensor([0.0, 1.0, 2.0]), tensor([7, 4, 0])).tolist()
+        [0.0, 0.25, 0.0]
+    """
+    counts = token_counts.double()
+    scales = torch.where(counts > 0, weights.double() / counts.clamp_min(1), 0.0)
+    scales[Span.IGNORE] = 0.0
+    return scales
+
+
+def span_means(sums: Mapping[str, Tensor]) -> dict[str, Float[Tensor, " span"]]:
+    """Mean per token of each global sum, by name and span; NaN where a span holds no token.
+
+    Sums named `content_*` are divided by the number of content tokens, all others by the number
+    of tokens.
+
+    Args:
+        sums: `LossOutput.sums`, added up over micro-batches and ranks.
+
+    References:
+        own; "Sums and counts" in docs/losses.md.
+    """
+    counts = (TOKENS, CONTENT_TOKENS)
+    return {
+        name: value / sums[CONTENT_TOKENS if name.startswith(CONTENT_PREFIX) else TOKENS]
+        for name, value in sums.items()
+        if name not in counts
+    }

@@ -1,0 +1,285 @@
+"""Linear head and loss in one pass over chunks of rows, so that [rows, vocab] never exists.
+
+The coefficient of every row is known before the forward, hence the gradient of a chunk can be
+taken while its logits are at hand: nothing is stored for the backward but the two gradients, and
+nothing is computed twice.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from vpmoe.head import CHUNK_ROWS
+from vpmoe.losses.base import LossInputs, LossOutput, sum_by_span
+
+STUDENT_LOGPROBS = "student_logprobs"
+
+LabelLossFunction = Callable[[Tensor, LossInputs], Tensor]
+"""(student_logprobs with grad, rows) -> loss of each row, in plain differentiable PyTorch."""
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What a row function makes of one chunk.
+
+    Attributes:
+        values: Loss of each row.
+        extras: Further numbers of each row, by name; without grad.
+        grad_logits: coefficient x d value / d logits, or None when no gradient was asked for.
+    """
+
+    values: Float[Tensor, " chunk"]
+    extras: dict[str, Float[Tensor, " chunk"]]
+    grad_logits: Float[Tensor, "chunk vocab"] | None
+
+
+class RowFunction(Protocol):
+    """Loss and gradient of a chunk of rows: all that a new objective on logits has to write."""
+
+    def __call__(
+        self,
+        logits: Float[Tensor, "chunk vocab"],
+        rows: slice,
+        coefficients: Float[Tensor, " chunk"] | None,
+    ) -> RowResult:
+        """The chunk's result; `logits` is its own to overwrite, `coefficients` None = no grad."""
+        ...
+
+
+class _WithGradients(torch.autograd.Function):
+    """A scalar whose gradients are known already; the backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        total: Tensor,
+        hidden: Tensor,
+        head_weight: Tensor,
+        hidden_grad: Tensor | None,
+        head_grad: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_grad, head_grad)
+        ctx.head_dtype = head_weight.dtype
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # the decorator loses the parameters' names
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        hidden_grad, head_grad = ctx.saved_tensors
+        scale = grad_outputs[0]
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad * scale.to(hidden_grad.dtype)
+        if head_grad is not None:
+            head_grad = (head_grad * scale.to(head_grad.dtype)).to(ctx.head_dtype)
+        return None, hidden_grad, head_grad, None, None
+
+
+@dataclass(frozen=True)
+class ChunkedResult:
+    """Losses of all rows, and their weighted sum with grad.
+
+    Attributes:
+        total: Sum of coefficient x value, with grad to `hidden` and `head_weight`.
+        values: Loss of each row, detached.
+        extras: Further numbers of each row, by name, detached.
+    """
+
+    total: Float[Tensor, ""]
+    values: Float[Tensor, " rows"]
+    extras: dict[str, Float[Tensor, " rows"]]
+
+
+def chunked_loss(
+    hidden: Float[Tensor, "rows dim"],
+    head_weight: Float[Tensor, "vocab dim"],
+    coefficients: Float[Tensor, " rows"],
+    row_function: RowFunction,
+    *,
+    chunk_rows: int = CHUNK_ROWS,
+) -> ChunkedResult:
+    """Sum of coefficient x row loss over a linear head, with gradients taken in the forward.
+
+    Logits are a GEMM in the inputs' dtype; softmax, loss and dlogits are float32 (float64 for
+    float64 inputs). The head's gradient is accumulated in that wider type over chunks and rounded
+    once. An input that needs no grad costs no GEMM.
+
+    Args:
+        hidden: Final normed states.
+        head_weight: Output embedding.
+        coefficients: Factor of each row in the total, e.g. w_c / N_c of its span; no grad.
+        row_function: Loss and gradient of a chunk given its logits.
+        chunk_rows: Rows whose logits are held together; any value gives the same result.
+
+    References:
+        Hsu et al., "Liger Kernel" (2024), arXiv:2410.10989. Difference: coefficients per row, any
+        row loss, chunk size chosen by the caller.
+        Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (ICLR 2025),
+        arXiv:2411.09009. Difference: chunks over rows in plain PyTorch.
+    """
+    grad_of_hidden = torch.is_grad_enabled() and hidden.requires_grad
+    grad_of_head = torch.is_grad_enabled() and head_weight.requires_grad
+    with_grad = grad_of_hidden or grad_of_head
+    with torch.no_grad():
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        weights = coefficients.to(wide)
+        hidden_grad = torch.empty_like(hidden) if grad_of_hidden else None
+        head_grad = torch.zeros_like(head_weight, dtype=wide) if grad_of_head else None
+        results = []
+        # One chunk even of no rows, so that the extras' names are always there.
+        for begin in range(0, max(hidden.shape[0], 1), chunk_rows):
+            rows = slice(begin, begin + chunk_rows)
+            logits = (hidden[rows] @ head_weight.T).to(wide)  # (chunk, V)
+            result = row_function(logits, rows, weights[rows] if with_grad else None)
+            results.append((result.values, result.extras))
+            if result.grad_logits is None:
+                continue
+            grad_logits = result.grad_logits.to(hidden.dtype)
+            if hidden_grad is not None:
+                hidden_grad[rows] = grad_logits @ head_weight
+            if head_grad is not None:
+                head_grad += grad_logits.T @ hidden[rows]
+        values = torch.cat([values for values, _ in results])
+        extras = {
+            name: torch.cat([extras[name] for _, extras in results]) for name in results[0][1]
+        }
+        total = (weights.double() * values.double()).sum()
+    if with_grad:
+        total = _WithGradients.apply(total, hidden, head_weight, hidden_grad, head_grad)
+    return ChunkedResult(total, values, extras)
+
+
+def label_row_function(inputs: LossInputs, loss_function: LabelLossFunction) -> RowFunction:
+    """Row function of a loss that knows the student by the label's log-probability alone.
+
+    The loss is written in plain PyTorch on a vector of log-probabilities; its slope
+    s = d value / d log p_y comes from autograd on that vector, and the chain rule through the
+    softmax is closed: d log p_y / dz = e_y - p. Cross-entropy is s = -1; a weighted one s = -w;
+    sampled reverse KL s = -A.
+
+    Args:
+        inputs: The rows that the chunks are taken from.
+        loss_function: Loss of each row, from its log-probability and the rest of the row.
+
+    References:
+        own; "Chunks" in docs/losses.md.
+    """
+
+    def function(logits: Tensor, rows: slice, coefficients: Tensor | None) -> RowResult:
+        labels = inputs.labels[rows, None]
+        chosen = logits.gather(1, labels).squeeze(1)
+        peak = logits.amax(dim=1, keepdim=True)
+        masses = logits.sub_(peak).exp_()  # (chunk, V), in place of the logits
+        norm = masses.sum(dim=1)
+        logprobs = chosen - peak.squeeze(1) - norm.log()
+        chunk = inputs.select(rows)
+        if coefficients is None:
+            values = loss_function(logprobs, chunk)
+            return RowResult(values, {STUDENT_LOGPROBS: logprobs}, None)
+        with torch.enable_grad():
+            leaf = logprobs.clone().requires_grad_()
+            values = loss_function(leaf, chunk)
+            (slopes,) = torch.autograd.grad(values.sum(), leaf)
+        slopes = slopes * coefficients
+        grad_logits = masses.mul_((-slopes / norm)[:, None])
+        grad_logits.scatter_add_(1, labels, slopes[:, None])
+        return RowResult(values.detach(), {STUDENT_LOGPROBS: logprobs}, grad_logits)
+
+    return function
+
+
+def chunked_loss_reference(
+    hidden: Float[Tensor, "rows dim"],
+    head_weight: Float[Tensor, "vocab dim"],
+    labels: Int64[Tensor, " rows"],
+    coefficients: Float[Tensor, " rows"],
+    loss_function: Callable[[Tensor], Tensor],
+) -> Float[Tensor, ""]:
+    """The same total by dense logits and plain autograd, for tests.
+
+    References:
+        own; the definition that `chunked_loss` must equal.
+    """
+    logprobs = (hidden @ head_weight.T).log_softmax(dim=1)
+    return (coefficients * loss_function(logprobs.gather(1, labels[:, None]).squeeze(1))).sum()
+
+
+class LabelLoss:
+    """A loss on the label's log-probability: subclasses write `row_losses`, all else is here.
+
+    Args:
+        chunk_rows: Rows whose logits are held together; any value gives the same result.
+    """
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, *, chunk_rows: int = CHUNK_ROWS) -> None:
+        self.chunk_rows = chunk_rows
+
+    def row_losses(
+        self, student_logprobs: Float[Tensor, " rows"], rows: LossInputs
+    ) -> Float[Tensor, " rows"]:
+        """Loss of each row, differentiable in `student_logprobs`; no row depends on another."""
+        raise NotImplementedError
+
+    def row_metrics(
+        self, student_logprobs: Float[Tensor, " rows"], rows: LossInputs
+    ) -> dict[str, Tensor]:
+        """Numbers of each row to be summed per span beside the loss."""
+        return {}
+
+    def __call__(self, inputs: LossInputs, span_scales: Float[Tensor, " span"]) -> LossOutput:
+        """Sums and counts of one micro-batch, with the scalar to differentiate."""
+        inputs.require(self.needs)
+        rows = inputs.trained()
+        span_ids = rows.span_ids
+        scales = span_scales.to(rows.hidden.device)
+        result = chunked_loss(
+            rows.hidden,
+            rows.head_weight,
+            scales[span_ids.long()],
+            label_row_function(rows, self.row_losses),
+            chunk_rows=self.chunk_rows,
+        )
+        logprobs = result.extras[STUDENT_LOGPROBS]
+        metrics = label_metrics(logprobs, rows) | self.row_metrics(logprobs, rows)
+        return LossOutput(
+            total=result.total,
+            loss_sums=sum_by_span(result.values, span_ids),
+            token_counts=sum_by_span(torch.ones_like(logprobs), span_ids).long(),
+            metrics={name: sum_by_span(value, span_ids) for name, value in metrics.items()},
+        )
+
+    def after_step(self, sums: Mapping[str, Tensor]) -> None:
+        """Nothing to learn: this loss has no state."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+
+
+def label_metrics(
+    student_logprobs: Float[Tensor, " rows"], rows: LossInputs
+) -> dict[str, Float[Tensor, " rows"]]:
+    """What is logged with every loss: likelihoods of the labels, over all and over content tokens.
+
+    References:
+        own; "Sums and counts" in docs/losses.md.
+    """
+    content = rows.content_mask.to(student_logprobs.dtype)
+    metrics = {
+        "nll": -student_logprobs,
+        "content_nll": -student_logprobs * content,
+        "content_tokens": content,
+    }
+    if rows.teacher_logprobs is not None:
+        metrics["teacher_logprob"] = rows.teacher_logprobs
+    return metrics
