@@ -1,0 +1,5 @@
+"""`vpmoe chat`."""
+
+
+def chat() -> None:
+    """Placeholder."""

@@ -1,0 +1,69 @@
+"""`vpmoe data`: build, show and verify datasets."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vpmoe.cli.grammar import ConfigFile, DryRun, Json, Overrides, Overwrite, Verbs
+from vpmoe.cli.render import console, flat, print_facts, print_json, progress
+
+app = typer.Typer(cls=Verbs, rich_markup_mode=None, help="Build, show and verify datasets.")
+
+DatasetFolder = Annotated[Path, typer.Argument(metavar="DATASET", help="A folder `build` made.")]
+
+
+@app.command()
+def build(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Turn SYNTH rows into tokenized shards: rows, Harmony, tokens and spans, manifest.
+
+    An interrupted build goes on at its last finished shard; a finished one is refused
+    without --overwrite.
+    """
+    from vpmoe.config import fingerprint, load, resolved
+    from vpmoe.data.build import DataConfig, build_dataset
+
+    settings = load(config, DataConfig, overrides or [])
+    if dry_run:
+        print_facts([*flat(resolved(settings)), ("fingerprint", fingerprint(resolved(settings)))])
+        return
+    with progress("rows") as tick:
+        manifest = build_dataset(settings, overwrite=overwrite, progress=tick)
+    if as_json:
+        print_json(manifest)
+    else:
+        print_facts([("dataset", str(settings.output)), *flat(manifest["totals"])])
+
+
+@app.command()
+def show(
+    dataset: DatasetFolder,
+    example: Annotated[int, typer.Option(help="Which conversation, from 0.")] = 0,
+    split: Annotated[str, typer.Option(help="train or valid.")] = "train",
+) -> None:
+    """Print one conversation in color: prompt, reasoning, final, masks, token count."""
+    from vpmoe.data.loader import Dataset
+    from vpmoe.data.show import show_example
+
+    console().print(show_example(Dataset(dataset, split), example))
+
+
+@app.command()
+def verify(dataset: DatasetFolder, as_json: Json = False) -> None:
+    """Check a dataset against its manifest: hashes, alignment, spans, structure.
+
+    Exits with 3 when anything is wrong.
+    """
+    from vpmoe.data.verify import verify_dataset
+
+    report = verify_dataset(dataset)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        print_facts([*flat(report.as_dict())])

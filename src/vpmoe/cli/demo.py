@@ -1,0 +1,5 @@
+"""`vpmoe demo`."""
+
+
+def demo() -> None:
+    """Placeholder."""

@@ -1,0 +1,5 @@
+"""`vpmoe evaluate`."""
+
+
+def evaluate() -> None:
+    """Placeholder."""

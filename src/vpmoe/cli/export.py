@@ -1,0 +1,5 @@
+"""`vpmoe export`."""
+
+
+def export() -> None:
+    """Placeholder."""

@@ -1,0 +1,5 @@
+"""`vpmoe report`."""
+
+
+def report() -> None:
+    """Placeholder."""

@@ -1,0 +1,5 @@
+"""`vpmoe score`."""
+
+
+def score() -> None:
+    """Placeholder."""
