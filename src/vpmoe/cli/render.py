@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # (done, total); total 0 = unknown
 
-_POWERS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"))
+_POWERS = ("", " k", " M", " B", " T")
 
 
 def console(*, stderr: bool = False) -> "Console":
@@ -64,10 +64,10 @@ def progress(label: str) -> Iterator[Progress]:
 
 def short(number: float) -> str:
     """A count as people say it: 6.02 B, 131 k, 7."""
-    for power, suffix in _POWERS:
-        if abs(number) >= power:
-            return f"{number / power:.3g}{suffix}"
-    return f"{number:.3g}"
+    scaled, power = float(number), 0
+    while abs(scaled) >= 999.5 and power < len(_POWERS) - 1:
+        scaled, power = scaled / 1_000, power + 1
+    return f"{scaled:.3g}{_POWERS[power]}"
 
 
 def gib(num_bytes: float) -> str:
