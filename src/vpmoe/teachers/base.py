@@ -1,0 +1,96 @@
+"""What a teacher is: it tells how likely it finds the next token of given sequences."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from vpmoe.errors import TeacherError
+
+TEACHER_LOGPROBS = "teacher_logprobs"  # log-probs of a dataset's labels
+ROLLOUT_LOGPROBS = "rollout_logprobs"  # log-probs of text that a student has just sampled
+
+# float32 log-softmax of a certain token may end a rounding error above zero.
+MAX_LOGPROB_NATS = 1e-4
+
+
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """Everything that decides a teacher's answers, for manifests and for refusing a mix of two.
+
+    Attributes:
+        name: Hub id, or the name of the folder; never a path of one machine.
+        revision: Commit of the hub repository; empty for a local folder.
+        weights_sha256: Over names and contents of the weight, config and vocabulary files.
+        dtype: In which the network computes.
+        quantization: How the weights were stored, such as "mxfp4"; "none" otherwise.
+        vocab_sha256: Of o200k, or of the subset of it that the teacher knows.
+    """
+
+    name: str
+    revision: str
+    weights_sha256: str
+    dtype: str
+    quantization: str
+    vocab_sha256: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The same as plain JSON."""
+        return asdict(self)
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A model that scores tokens it is given."""
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """Who answers."""
+        ...
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """`TEACHER_LOGPROBS`, `ROLLOUT_LOGPROBS`: compared with what a loss needs."""
+        ...
+
+    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probabilities of every token after the first, given the tokens before it.
+
+        Args:
+            sequences: o200k ids, each a conversation of its own.
+
+        Returns:
+            For each sequence a float32 array one shorter than it: element t holds
+            log p(sequence[t + 1] | sequence[: t + 1]) in nats, at temperature 1. It does not
+            depend on the other sequences, apart from rounding.
+        """
+        ...
+
+
+def require_logprobs(sequences: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> None:
+    """Refuse answers that cannot be log-probabilities of the sequences asked about.
+
+    Raises:
+        TeacherError: Naming the first sequence with a wrong length, or with a value that is not
+            finite or above zero.
+    """
+    if len(scores) != len(sequences):
+        raise TeacherError(
+            f"asked about {len(sequences)} sequences, the teacher answered {len(scores)}"
+        )
+    for index, (sequence, logprobs) in enumerate(zip(sequences, scores, strict=True)):
+        if logprobs.shape != (len(sequence) - 1,):
+            raise TeacherError(
+                f"sequence {index} has {len(sequence)} tokens, the teacher answered an array of "
+                f"shape {logprobs.shape}",
+                hint="one log-prob per token after the first is expected",
+            )
+        wrong = np.flatnonzero(~(np.isfinite(logprobs) & (logprobs <= MAX_LOGPROB_NATS)))
+        if wrong.size:
+            place = int(wrong[0])
+            raise TeacherError(
+                f"the teacher's log-prob of token {place + 1} of sequence {index} is "
+                f"{logprobs[place]}",
+                hint="try dtype = float32; half precision may overflow",
+            )

@@ -1,0 +1,250 @@
+"""A transformers model in this process as the teacher."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from pydantic import Field
+from torch import Tensor
+
+from vpmoe.config import Config
+from vpmoe.errors import DataError, TeacherError
+from vpmoe.head import token_logprobs
+from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TEACHER_LOGPROBS, TeacherIdentity
+from vpmoe.teachers.checkpoint import (
+    load_model,
+    locate,
+    output_head,
+    read_vocab,
+    require_plain_head,
+    require_vocab,
+    weights_sha256,
+)
+from vpmoe.vocabulary import STOP_TOKENS, VocabSubset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LOGITS_AT_ONCE = 2**26  # 256 MiB of float32 logits in a chunk, whatever the vocabulary
+
+
+class LocalTeacherConfig(Config):
+    """A causal language model of transformers, such as GPT-OSS, with the o200k Harmony vocabulary.
+
+    A `vocab_ids.json` beside its weights lists the o200k id of each embedding row of a teacher
+    that keeps a part of the vocabulary only.
+    """
+
+    kind: Literal["local"] = "local"
+    path: str
+    """Checkpoint folder, hub id, or a `config.json` alone (weights are then drawn at random)."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id; empty takes its main branch and records the commit."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """What the network computes in; its head always works in float32."""
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    """Where it runs: "cpu", "cuda" or "cuda:N"."""
+    batch_tokens: int = Field(16_384, ge=1)
+    """Tokens of one forward, padding included; a longer sequence goes alone."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "eager"
+    """transformers' attention implementation; GPT-OSS has no sdpa."""
+    experts: Literal["", "eager", "batched_mm", "grouped_mm"] = ""
+    """transformers' implementation of the experts; empty leaves the model's own default."""
+    seed: int = 0
+    """Of the weights, when `path` is a config alone."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({TEACHER_LOGPROBS, ROLLOUT_LOGPROBS})
+
+    def build(self) -> "LocalTeacher":
+        """The teacher, loaded and checked.
+
+        Raises:
+            TeacherError: If it is absent, incomplete, has another vocabulary or an unusual head.
+        """
+        source, commit = locate(self.path, self.revision)
+        subset = read_vocab(source)
+        options: dict[str, Any] = {"attn_implementation": self.attention}
+        if self.experts:
+            options["experts_implementation"] = self.experts
+        model, quantization = load_model(
+            source,
+            dtype=getattr(torch, self.dtype),
+            device=self.device,
+            seed=self.seed,
+            options=options,
+        )
+        identity = TeacherIdentity(
+            name=self.path if commit else source.resolve().name,
+            revision=commit,
+            weights_sha256=weights_sha256(source, seed=self.seed),
+            dtype=self.dtype,
+            quantization=quantization,
+            vocab_sha256=require_vocab(model, subset, source),
+        )
+        return LocalTeacher(model, identity=identity, subset=subset, batch_tokens=self.batch_tokens)
+
+
+class LocalTeacher:
+    """A loaded model that scores, and for comparisons also answers.
+
+    Args:
+        model: In evaluation mode, on its device.
+        identity: Who it is.
+        subset: The part of o200k it knows; None for all of it.
+        batch_tokens: Tokens of one forward, padding included.
+    """
+
+    provides: ClassVar[frozenset[str]] = LocalTeacherConfig.provides
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        *,
+        identity: TeacherIdentity,
+        subset: VocabSubset | None = None,
+        batch_tokens: int = 16_384,
+    ) -> None:
+        require_plain_head(model, subset)
+        self.identity = identity
+        self.subset = subset
+        self._model = model
+        self._network: Any = model  # transformers' `generate` has no usable type
+        self._batch_tokens = batch_tokens
+        # Logits near 20 are 1/8 apart in bfloat16: the head multiplies in float32.
+        self._head_weight = output_head(model).weight.detach().float()
+        self._chunk_rows = max(1, _LOGITS_AT_ONCE // self._head_weight.shape[0])
+        self._max_len = int(getattr(model.config, "max_position_embeddings", 2**31))
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probabilities of every token after the first, given the tokens before it.
+
+        Sequences of similar length share a forward, padded on the right, where a causal model
+        cannot see it. Logits exist for a few hundred positions at a time.
+
+        Args:
+            sequences: o200k ids, one conversation each.
+
+        Returns:
+            Per sequence a float32 array one shorter than it, in nats; see `Teacher.score`.
+
+        Raises:
+            DataError: If a sequence is empty or uses tokens that the teacher does not know.
+            TeacherError: If a sequence is longer than the teacher's positions reach.
+        """
+        rows = [self._rows_of(sequence) for sequence in sequences]
+        out = [np.empty(0, dtype=np.float32)] * len(rows)
+        lengths = [len(row) for row in rows]
+        for members in _batches(lengths, self._batch_tokens):
+            scored = self._score_batch([rows[i] for i in members])
+            for index, logprobs in zip(members, scored, strict=True):
+                out[index] = logprobs
+        return out
+
+    @torch.inference_mode()
+    def complete(self, prompts: Sequence[np.ndarray], *, max_new_tokens: int) -> list[np.ndarray]:
+        """Greedy completions, each up to and including its stop token.
+
+        Prompts of equal length share a batch, so that none needs padding.
+
+        Args:
+            prompts: o200k ids that end in the assistant's header.
+            max_new_tokens: A completion is cut there.
+
+        Returns:
+            o200k ids, int64, in the order of the prompts.
+        """
+        from transformers import GenerationConfig
+
+        stops = [int(row) for row in self._rows_of(np.array(self._known_stops()))]
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+        )
+        rows = [self._rows_of(prompt) for prompt in prompts]
+        out = [np.empty(0, dtype=np.int64)] * len(rows)
+        for members in _equal_lengths([len(row) for row in rows], self._batch_tokens):
+            tokens = torch.from_numpy(np.stack([rows[i] for i in members])).to(self._model.device)
+            generated = self._network.generate(
+                tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
+            )
+            for index, completion in zip(members, generated[:, tokens.shape[1] :], strict=True):
+                out[index] = self._ids_of(_up_to_stop(completion.cpu().numpy(), stops))
+        return out
+
+    def _known_stops(self) -> list[int]:
+        return [s for s in STOP_TOKENS if self.subset is None or self.subset.row_of[s] >= 0]
+
+    def _rows_of(self, tokens: np.ndarray) -> np.ndarray:
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.ndim != 1 or ids.size == 0:
+            raise DataError(
+                f"a sequence to score has shape {ids.shape}", hint="give 1-d, not empty"
+            )
+        if ids.size > self._max_len:
+            raise TeacherError(
+                f"a sequence of {ids.size} tokens is longer than the teacher's "
+                f"{self._max_len} positions",
+                hint="build the dataset with a smaller seq_len",
+            )
+        if self.subset is None:
+            return ids
+        self.subset.require(ids, what="a sequence to score")
+        return self.subset.row_of[ids]
+
+    def _ids_of(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self.subset is None else self.subset.ids[rows]
+
+    def _score_batch(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+        lengths = [len(row) - 1 for row in rows]
+        tokens, real = _pad_right(rows)
+        tokens, real = tokens.to(self._model.device), real.to(self._model.device)
+        hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        asked = real[:, 1:]  # (B, T-1): the token after each position exists
+        logprobs = token_logprobs(
+            hidden[:, :-1][asked].float(),  # (rows, D)
+            self._head_weight,
+            tokens[:, 1:][asked],
+            chunk_rows=self._chunk_rows,
+        )
+        return np.split(logprobs.cpu().numpy(), np.cumsum(lengths)[:-1])
+
+
+def _pad_right(rows: list[np.ndarray]) -> tuple[Int64[Tensor, "batch seq"], Tensor]:
+    width = max(len(row) for row in rows)
+    tokens = torch.zeros((len(rows), width), dtype=torch.int64)
+    real = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.from_numpy(row)
+        real[index, : len(row)] = True
+    return tokens, real
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in groups of similar length whose padded size stays within `batch_tokens`."""
+    members: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if members and lengths[members[0]] * (len(members) + 1) > batch_tokens:
+            yield members
+            members = []
+        members.append(index)
+    if members:
+        yield members
+
+
+def _equal_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(length, []).append(index)
+    for length, members in sorted(groups.items()):
+        size = max(1, batch_tokens // length)
+        yield from (members[begin : begin + size] for begin in range(0, len(members), size))
+
+
+def _up_to_stop(rows: np.ndarray, stops: Sequence[int]) -> np.ndarray:
+    found = np.flatnonzero(np.isin(rows, stops))
+    return rows[: found[0] + 1] if found.size else rows

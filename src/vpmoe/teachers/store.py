@@ -1,0 +1,275 @@
+"""Teacher log-probs on disk, keyed by sample: written once by shards, read many times."""
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from vpmoe.config import difference
+from vpmoe.errors import DataError
+from vpmoe.spans import TRAINED_SPANS, Span
+from vpmoe.storage.atomic import write_error
+from vpmoe.storage.manifest import (
+    MANIFEST_NAME,
+    file_sha256,
+    provenance,
+    read_manifest,
+    write_manifest,
+)
+from vpmoe.teachers.shards import (
+    SampleTargets,
+    Shard,
+    is_named_by,
+    remove_temporaries,
+    require_whole,
+    shard_files,
+    write_shard,
+)
+
+SCHEMA = "vpmoe_targets_v1"
+_LOCK_NAME = ".lock"
+_QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+
+class TargetWriter:
+    """A target store in the making; whoever opens it again goes on where it stopped.
+
+    The selection of samples is cut into slices that depend on the settings alone, and shard i
+    holds slice i. So an interrupted store and an uninterrupted one end with the same bytes, and
+    only the slice that was being scored is scored twice.
+
+    Args:
+        path: Folder of the store; made if it is not there.
+        header: Teacher, dataset, tokenizer, effort and selection, as JSON.
+        overwrite: Start anew over a store with another header.
+
+    Raises:
+        DataError: If the folder holds another store, another process writes it, or a shard in it
+            is damaged.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.header = json.loads(json.dumps(header))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / _LOCK_NAME).open("w")
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise DataError(
+                f"another process is writing {self.path}",
+                hint="wait for it to end, or choose another output",
+            ) from None
+        try:
+            remove_temporaries(self.path)
+            self._digests = self._take_over(overwrite=overwrite)
+        except DataError:
+            self.close()
+            raise
+
+    def _take_over(self, *, overwrite: bool) -> dict[int, str]:
+        """Hashes of the shards already there; with `overwrite`, those of other settings go."""
+        digests: dict[int, str] = {}
+        for index, file in shard_files(self.path).items():
+            digest = file_sha256(file)
+            before = Shard(file).header if is_named_by(file, digest) else None
+            if before == self.header:
+                digests[index] = digest
+            elif overwrite:
+                file.unlink()
+            else:
+                require_whole(file)
+                lines = "; ".join(difference(before or {}, self.header))
+                raise DataError(
+                    f"{self.path} was scored with other settings: {lines}",
+                    hint="choose another output, undo the change, or give --overwrite",
+                )
+        manifest = self.path / MANIFEST_NAME
+        if manifest.exists():
+            listed = {entry["sha256"] for entry in read_manifest(manifest).get("shards", [])}
+            if listed != set(digests.values()):
+                manifest.unlink()
+        return digests
+
+    @property
+    def done(self) -> frozenset[int]:
+        """Indices of the slices that need no scoring."""
+        return frozenset(self._digests)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the store is complete already."""
+        return (self.path / MANIFEST_NAME).exists()
+
+    def write(self, index: int, samples: Sequence[SampleTargets]) -> None:
+        """Add slice `index`; it is there, whole, once this returns.
+
+        Raises:
+            DataError: If it cannot be written.
+        """
+        self._digests[index] = require_whole(write_shard(self.path, index, samples, self.header))
+
+    def finish(self, num_shards: int) -> dict[str, Any]:
+        """The manifest of the store, which makes it one that can be read.
+
+        Raises:
+            DataError: If a slice is missing.
+        """
+        files = shard_files(self.path)
+        if sorted(files) != list(range(num_shards)):
+            raise DataError(f"{self.path} has {len(files)} of {num_shards} shards")
+        shards = [Shard(files[i]) for i in range(num_shards)]
+        manifest = {
+            "schema": SCHEMA,
+            **provenance(),
+            "header": self.header,
+            "samples": sum(len(shard.sample_ids) for shard in shards),
+            "labels": sum(len(shard.values) for shard in shards),
+            "teacher_logprobs": _statistics(shards),
+            "shards": [
+                {
+                    "file": files[i].name,
+                    "samples": len(shard.sample_ids),
+                    "labels": len(shard.values),
+                    "bytes": files[i].stat().st_size,
+                    "sha256": self._digests[i],
+                }
+                for i, shard in enumerate(shards)
+            ],
+        }
+        write_manifest(self.path / MANIFEST_NAME, manifest)
+        return manifest
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class TargetStore(Mapping[str, np.ndarray]):
+    """A finished store: sample id -> float16 log-probs at the labels of its document.
+
+    Positions whose span is ignored hold 0. Arrays are as long as the document, its end included,
+    so they line up with the dataset's label-aligned arrays.
+
+    Args:
+        path: Folder of the store.
+
+    Raises:
+        DataError: If it is missing, unfinished, or any byte of it has changed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path / MANIFEST_NAME)
+        if self.manifest.get("schema") != SCHEMA:
+            raise DataError(
+                f"{self.path} has schema {self.manifest.get('schema')!r}, expected {SCHEMA!r}",
+                hint="give the folder that vpmoe score wrote",
+            )
+        self.header: dict[str, Any] = self.manifest["header"]
+        self._shards = [self._open(entry) for entry in self.manifest["shards"]]
+        self._rows: dict[str, tuple[Shard, int]] = {}
+        for shard in self._shards:
+            self._rows.update((name, (shard, row)) for row, name in enumerate(shard.sample_ids))
+
+    def _open(self, entry: Mapping[str, Any]) -> Shard:
+        file = self.path / entry["file"]
+        if not file.exists():
+            raise DataError(
+                f"target store {self.path} lacks {entry['file']}",
+                hint="copy the store again, or delete its manifest.json and score again",
+            )
+        digest = require_whole(file)
+        if digest != entry["sha256"]:
+            raise DataError(f"{file} is not the shard that the manifest names", hint="score again")
+        return Shard(file)
+
+    def __getitem__(self, sample_id: str) -> np.ndarray:
+        shard, row = self._rows[sample_id]
+        return shard.aligned(row)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, sample_id: object) -> bool:
+        return sample_id in self._rows
+
+    def span_ids(self, sample_id: str) -> np.ndarray:
+        """`Span` of each label of the document as the teacher scored it, uint8."""
+        shard, row = self._rows[sample_id]
+        return shard.span_ids(row)
+
+    def require(self, **expected: str) -> None:
+        """Refuse a store that was made for another dataset, tokenizer or effort.
+
+        Args:
+            expected: Keys of the header with the values they must have.
+
+        Raises:
+            DataError: Naming the first that differs, with both values.
+        """
+        for key, value in expected.items():
+            stored = self.header.get(key)
+            if stored != value:
+                raise DataError(
+                    f"target store {self.path} was made with {key} = {stored}, here it is {value}",
+                    hint="score this dataset with vpmoe score, or point to the one it was made for",
+                )
+
+
+def _statistics(shards: Sequence[Shard]) -> dict[str, Any]:
+    """Count, mean and exact quantiles of the stored log-probs, for each span and for samples."""
+    out: dict[str, Any] = {}
+    for span in TRAINED_SPANS:
+        # A float16 has 65,536 values: counting them gives exact quantiles of any amount of data.
+        counts = np.zeros(2**16, dtype=np.int64)
+        for shard in shards:
+            chosen = shard.values[shard.value_spans == span]
+            counts += np.bincount(chosen.view(np.uint16), minlength=2**16)
+        out[Span(span).name.lower()] = _summary(counts)
+    means = np.concatenate([shard.sample_means for shard in shards])
+    out["sample_mean"] = {f"q{q:g}": float(v) for q, v in zip(_QUANTILES, _at(means), strict=True)}
+    return out
+
+
+def _at(values: np.ndarray) -> list[float]:
+    return [float(np.quantile(values, q)) for q in _QUANTILES]
+
+
+def _summary(counts: np.ndarray) -> dict[str, float | int]:
+    values = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float64)
+    seen = np.flatnonzero(counts)
+    seen = seen[np.argsort(values[seen], kind="stable")]
+    total = int(counts[seen].sum())
+    if total == 0:
+        return {"labels": 0}
+    reached = np.cumsum(counts[seen])
+    out: dict[str, float | int] = {
+        "labels": total,
+        "mean": float((values[seen] * counts[seen]).sum() / total),
+    }
+    for q in _QUANTILES:
+        out[f"q{q:g}"] = float(values[seen[np.searchsorted(reached, q * total)]])
+    return out
