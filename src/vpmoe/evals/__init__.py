@@ -1,1 +1,1 @@
-"""What a student can do: held-out loss, format, exact match, and the report of it."""
+"""What a student is worth: losses on held-out text, form and correctness of what it writes."""

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +16,7 @@ from vpmoe.errors import RunError
 from vpmoe.evals.report import charts_behavior, charts_training, tables
 from vpmoe.evals.report.runs import RunData, read_runs
 from vpmoe.evals.report.theme import DARK, DOTS_PER_INCH, LIGHT, THEMES, Theme, drawing
+from vpmoe.storage.atomic import atomic_path
 
 PAGE_NAME = "index.html"
 TITLE_SEPARATOR = ", "
@@ -65,8 +65,8 @@ CHARTS = (
     Chart(
         "router-load",
         "Which experts work",
-        "One cell per expert and layer, on held-out text; the neutral tone is an even share, blue is idle, "
-        "orange carries several times its share.",
+        "One cell per expert and layer, on held-out text: blue works less than an even share, "
+        "orange several times as much.",
         charts_training.router_chart,
     ),
     Chart(
@@ -148,10 +148,5 @@ def _inline(png: bytes) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write under a temporary name, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vpmoe.errors import RunError
+from vpmoe.storage.runs import CONFIG_FILE, METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "config.json"
 EVAL_GLOB = "eval-*.json"
 MANIFEST_GLOB = "step-*/manifest.json"
 
