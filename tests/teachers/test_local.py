@@ -95,7 +95,7 @@ def test_edges_of_length(teacher):
 
 
 def test_an_unknown_token_is_refused_by_its_id(teacher):
-    with pytest.raises(DataError, match="1 token ids .* first 7"):
+    with pytest.raises(DataError, match=r"1 token ids .* first 7"):
         teacher.score([np.array([START, 7])])
 
 
@@ -150,6 +150,47 @@ def test_greedy_completions_match_step_by_step_argmax(teacher):
                 if text[-1] in (RETURN, 200_012):
                     break
         assert completion.tolist() == text[len(prompt) :]
+
+
+def pack_mxfp4(weights: torch.Tensor, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """New random weights of that shape on the MXFP4 grid, and their packed form.
+
+    OCP MX: 32 values along the input share a power of two; two 4-bit codes to a byte, low first.
+    """
+    grid = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    experts, inputs, outputs = weights.shape
+    random = torch.Generator().manual_seed(seed)
+    shape = (experts, outputs, inputs // 32)
+    codes = torch.randint(0, 16, (*shape, 32), generator=random, dtype=torch.uint8)
+    scales = torch.randint(122, 126, shape, generator=random, dtype=torch.uint8)
+    values = grid[codes.long()] * 2.0 ** (scales[..., None].float() - 127)
+    wide = values.reshape(experts, outputs, inputs).transpose(1, 2).contiguous()
+    return wide, {"blocks": codes[..., 0::2] | (codes[..., 1::2] << 4), "scales": scales}
+
+
+def test_mxfp4_checkpoints_are_widened_exactly(tmp_path, teacher_folder):
+    from safetensors.torch import load_file, save_file
+
+    wide, packed = tmp_path / "wide", tmp_path / "packed"
+    for folder in (wide, packed):
+        shutil.copytree(teacher_folder, folder)
+    weights = load_file(wide / "model.safetensors")
+    small = dict(weights)
+    for seed, name in enumerate(n for n in weights if n.endswith(("_up_proj", "down_proj"))):
+        weights[name], parts = pack_mxfp4(weights[name], seed)
+        del small[name]
+        small |= {f"{name}_{part}": value for part, value in parts.items()}
+    save_file(weights, wide / "model.safetensors", metadata={"format": "pt"})
+    save_file(small, packed / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (packed / "config.json").write_text(json.dumps(config))
+    sequences = random_sequences([20, 33])
+    teacher, expected = build(packed), build(wide)
+    assert (teacher.identity.quantization, expected.identity.quantization) == ("mxfp4", "none")
+    for scores, reference in zip(teacher.score(sequences), expected.score(sequences), strict=True):
+        np.testing.assert_array_equal(scores, reference)
+    assert len(small) > len(weights)
 
 
 # Refusals: each is one sentence with the value seen.
@@ -208,7 +249,7 @@ def test_a_revision_makes_no_sense_for_a_folder(teacher_folder):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there(teacher_folder):
-    with pytest.raises(TeacherError, match="'cuda:1'.*sees no GPU"):
+    with pytest.raises(TeacherError, match=r"'cuda:1'.*sees no GPU"):
         build(teacher_folder, device="cuda:1")
 
 
