@@ -1,1 +1,1 @@
-"""The student: one decoder, configured."""
+"""The student: what it is made of, its first weights, its forward pass and its size."""

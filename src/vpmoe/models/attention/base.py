@@ -1,0 +1,119 @@
+"""What every attention layer does around its projections, in one pinned order."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vpmoe.models.attention.sink import AttentionScope
+from vpmoe.models.cache import LayerCache
+from vpmoe.models.mlp import Linear
+from vpmoe.models.norm import RmsNorm
+from vpmoe.models.positions import Rotation, rotate
+
+QueriesKeysValues = tuple[
+    Float[Tensor, "batch seq heads dim"],
+    Float[Tensor, "batch seq kv_heads dim"],
+    Float[Tensor, "batch seq kv_heads dim"],
+]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What all attention layers of a student have in common.
+
+    Attributes:
+        is_mixed: The layer mixes its values with the first layer's (value residual).
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    bias: bool
+    has_sinks: bool
+    has_qk_norm: bool
+    is_mixed: bool
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a forward pass tells all attention layers of one kind.
+
+    Attributes:
+        scope: Which keys each query sees.
+        rotation: Cosines and sines, or None.
+        slopes: Distance penalties per head, or None.
+        attend: The attention function: the reference or a kernel equal to it.
+    """
+
+    scope: AttentionScope
+    rotation: Rotation | None
+    slopes: Float[Tensor, " heads"] | None
+    attend: Callable[..., Tensor]
+
+
+class Attention(nn.Module, ABC):
+    """Projections, then bias, QK-norm, rotation, value residual, attention, output projection.
+
+    A kind of attention provides `project`; the order of everything after it is the same for all,
+    because QK-norm does not commute with rotation, nor rotation with a bias.
+    """
+
+    def __init__(self, shape: AttentionShape) -> None:
+        super().__init__()
+        self.shape = shape
+        width = shape.num_heads * shape.head_dim
+        self.o_proj = Linear(width, shape.hidden_size, bias=shape.bias)
+        self.q_norm = self.k_norm = None
+        if shape.has_qk_norm:
+            self.q_norm = RmsNorm(shape.head_dim, eps=shape.norm_eps)
+            self.k_norm = RmsNorm(shape.head_dim, eps=shape.norm_eps)
+        self.sinks = nn.Parameter(torch.zeros(shape.num_heads)) if shape.has_sinks else None
+        self.value_lambda = nn.Parameter(torch.ones(1)) if shape.is_mixed else None
+
+    @abstractmethod
+    def project(self, hidden: Float[Tensor, "batch seq dim"]) -> QueriesKeysValues:
+        """Queries, keys and values of each token, biases added."""
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch seq dim"],
+        view: LayerView,
+        first_values: Float[Tensor, "batch seq kv_heads head_dim"] | None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Tensor, "batch seq dim"], Float[Tensor, "batch seq kv_heads head_dim"]]:
+        """What attention adds to the residual stream, and the layer's values before mixing."""
+        queries, keys, own_values = self.project(hidden)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if view.rotation is not None:
+            queries, keys = rotate(queries, view.rotation), rotate(keys, view.rotation)
+        values = own_values
+        if self.value_lambda is not None and first_values is not None:
+            values = mix_values(own_values, first_values, self.value_lambda)
+        if cache is not None:
+            keys, values = cache.extend(keys, values)
+        gathered = view.attend(
+            queries, keys, values, view.scope, sinks=self.sinks, slopes=view.slopes
+        )
+        return self.o_proj(gathered.flatten(2)), own_values
+
+
+def mix_values(
+    values: Float[Tensor, "batch seq kv_heads head_dim"],
+    first_values: Float[Tensor, "batch seq kv_heads head_dim"],
+    value_lambda: Float[Tensor, "1"],
+) -> Float[Tensor, "batch seq kv_heads head_dim"]:
+    """Lambda times a layer's own values, one minus lambda times the first layer's.
+
+    References:
+        Zhou et al., "Value Residual Learning" (2024), arXiv:2410.17897. Difference: one direct
+        scalar per layer, not clamped, starting at 1.
+    """
+    mixed = value_lambda * values + (1 - value_lambda) * first_values
+    return mixed.to(values.dtype)

@@ -1,0 +1,114 @@
+"""Keys and values of conversations under way; layers with a window keep a ring of that size."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def ring_places(lengths: Int[Tensor, " batch"], size: int) -> Int[Tensor, "batch slots"]:
+    """Which place of its sequence each slot of a ring holds; negative where it holds none.
+
+    Place p lies in slot p mod size, and the newest `size` places win.
+
+    References:
+        own.
+    """
+    slots = torch.arange(size, device=lengths.device)
+    newest = lengths[:, None] - 1
+    return newest - (newest - slots) % size
+
+
+@dataclass
+class LayerCache:
+    """One layer's part of a cache.
+
+    Attributes:
+        keys: After QK-norm and rotation; slots of the ring.
+        values: After the value residual.
+        step: What the forward pass under way writes.
+    """
+
+    keys: Float[Tensor, "batch slots kv_heads dim"]
+    values: Float[Tensor, "batch slots kv_heads dim"]
+    step: "CacheStep"
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; what the new queries attend over."""
+        if self.step.is_prefill:
+            places = ring_places(self.step.lengths, self.keys.shape[1]).clamp(0, keys.shape[1] - 1)
+            rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
+            self.keys.copy_(keys[rows, places])
+            self.values.copy_(values[rows, places])
+            return keys, values
+        rows = torch.arange(keys.shape[0], device=keys.device)
+        slots = (self.step.lengths - 1) % self.keys.shape[1]
+        self.keys[rows, slots] = keys[:, 0]
+        self.values[rows, slots] = values[:, 0]
+        used = min(self.step.max_length, self.keys.shape[1])
+        return self.keys[:, :used], self.values[:, :used]
+
+
+@dataclass
+class CacheStep:
+    """The forward pass under way: lengths count its tokens already."""
+
+    lengths: Int[Tensor, " batch"]
+    max_length: int
+    is_prefill: bool
+
+
+class KeyValueCache:
+    """Room for a batch of conversations.
+
+    The first forward pass fills it from prompts of any lengths, padded at the end; every later one
+    brings one token per conversation.
+
+    Args:
+        windows: Window of each layer, None for layers that see everything.
+        batch: Conversations.
+        capacity: Tokens of the longest conversation, prompt and completion together.
+        like: A tensor whose device and dtype keys take, of shape (kv_heads, head_dim).
+    """
+
+    def __init__(
+        self, windows: tuple[int | None, ...], *, batch: int, capacity: int, like: Tensor
+    ) -> None:
+        self.capacity = capacity
+        self.step = CacheStep(
+            torch.zeros(batch, dtype=torch.int64, device=like.device), 0, is_prefill=True
+        )
+        self.layers = []
+        for window in windows:
+            slots = capacity if window is None else min(window, capacity)
+            room = like.new_zeros((batch, slots, *like.shape))
+            self.layers.append(LayerCache(room, torch.zeros_like(room), self.step))
+
+    def begin(self, document_ids: Int[Tensor, "batch seq"]) -> None:
+        """Announce a forward pass: its tokens count as held from here on.
+
+        Raises:
+            ValueError: If there is no room, or a filled cache is given more than one token each.
+        """
+        seq = document_ids.shape[1]
+        self.step.is_prefill = self.step.max_length == 0
+        if not self.step.is_prefill and seq != 1:
+            raise ValueError(f"a filled cache takes one token at a time, got {seq}")
+        if self.step.max_length + seq > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens and is full")
+        self.step.lengths = self.step.lengths + (document_ids >= 0).sum(dim=1)
+        self.step.max_length += seq
+
+    def key_places(self, window: int | None) -> Int[Tensor, "batch slots"] | None:
+        """Places of the keys that layers with this window attend over; None in the prompt pass."""
+        if self.step.is_prefill:
+            return None
+        size = self.capacity if window is None else min(window, self.capacity)
+        return ring_places(self.step.lengths, size)[:, : min(self.step.max_length, size)]
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Drop all conversations but these."""
+        self.step.lengths = self.step.lengths[rows]
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
