@@ -35,10 +35,11 @@ def cli_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-CLI_INTRO = """Files come first, `key=value` overrides after them, options anywhere. Exit codes:
-0 success, 1 a user's mistake, 2 wrong usage, 3 a failed check, 130 interrupted. Errors are one `error:` line
-and one `hint:` line on stderr; `--debug` adds the traceback. When several settings are wrong, all
-are reported at once."""
+CLI_INTRO = """Files come first, `key=value` overrides after them, options anywhere.
+
+Exit codes: 0 success, 1 a user's mistake, 2 wrong usage, 3 a failed check, 130 interrupted. Errors
+are one `error:` line and one `hint:` line on stderr; `--debug` adds the traceback. When several
+settings are wrong, all are reported at once."""
 
 
 def _help(words: list[str]) -> str:
