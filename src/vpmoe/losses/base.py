@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -87,6 +87,7 @@ class LossOutput:
         return {"loss": self.loss_sums, TOKENS: self.token_counts.double(), **self.metrics}
 
 
+@runtime_checkable
 class Loss(Protocol):
     """A training objective over the rows of one micro-batch.
 

@@ -7,7 +7,7 @@ nothing is computed twice.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -37,6 +37,7 @@ class RowResult:
     grad_logits: Float[Tensor, "chunk vocab"] | None
 
 
+@runtime_checkable
 class RowFunction(Protocol):
     """Loss and gradient of a chunk of rows: all that a new objective on logits has to write."""
 
