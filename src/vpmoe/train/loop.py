@@ -1,0 +1,66 @@
+"""The training loop, for every stage."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vpmoe.models.student import Student
+from vpmoe.train.config import TrainConfig
+from vpmoe.train.device import World
+from vpmoe.train.hooks import Hook, Observer, Position, is_due, run_hooks
+from vpmoe.train.metrics import Stopwatch
+from vpmoe.train.parallel import Replica
+from vpmoe.train.plan import Plan
+from vpmoe.train.record import Record
+from vpmoe.train.state import open_run, restore, save
+from vpmoe.train.step import apply_gradients, sum_gradients
+
+
+def train(
+    student: Student,
+    plan: Plan,
+    config: TrainConfig,
+    *,
+    world: World,
+    resume: bool = False,
+    hooks: Sequence[Hook] = (),
+    observers: Sequence[Observer] = (),
+) -> Position:
+    """Where training ended: after the plan's last step, with a checkpoint. Called on every rank.
+
+    Args:
+        student: On the world's device; trained in place.
+        plan: Batches and loss of each step.
+        config: The stage's settings, of which this reads only what all stages share.
+        world: The ranks that train together.
+        resume: Go on from the newest checkpoint of the run's folder.
+        hooks: Evaluations.
+        observers: Readers of the numbers.
+    """
+    run_dir = Path(config.run)
+    run, checkpoint = open_run(run_dir, config, resume=resume, world=world)
+    with Record(run, config, world=world, observers=observers) as record:
+        replica = Replica(student, config.optimizer, world)
+        position = restore(checkpoint, replica, plan) if checkpoint else Position()
+        record.start(position, plan.num_steps)
+        while position.step < plan.num_steps:
+            watch = Stopwatch(world.device)
+            with watch("step"):
+                with watch("data"):
+                    batches, loss = plan.micro_batches(position.step)
+                with watch("forward_backward"):
+                    student.set_progress(position.tokens_seen)
+                    summed = sum_gradients(replica, batches, loss, config)
+                with watch("optimizer"):
+                    applied = apply_gradients(
+                        replica, config, step=position.step, num_steps=plan.num_steps
+                    )
+                    loss.after_step(summed.losses)
+            position = position.after(summed.num_tokens)
+            with watch("eval"):
+                measured = run_hooks(hooks, student, position, plan.num_steps)
+            record.row(position, [summed.metrics(), applied, plan.metrics(), measured], watch)
+            if is_due(config.checkpoint.every_steps, position.step, plan.num_steps):
+                with watch("checkpoint"):
+                    save(run_dir, replica, plan, position, config=config)
+                record.saved(watch)
+    return position

@@ -1,0 +1,143 @@
+"""One optimizer step: sums over the global batch, then one division, one update."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vpmoe.batch import Batch
+from vpmoe.errors import RunError
+from vpmoe.losses.base import Loss, LossInputs, span_scales
+from vpmoe.losses.load_balance import load_balance_loss
+from vpmoe.models.student import Student
+from vpmoe.spans import TRAINED_SPANS, Span
+from vpmoe.train.config import SpanWeightsConfig, TrainConfig
+from vpmoe.train.metrics import loss_metrics
+from vpmoe.train.parallel import Replica
+from vpmoe.train.reduce import add_sums, all_sums, global_counts
+
+LOAD_BALANCE = "load_balance"
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """One step's sums over all micro-batches and ranks.
+
+    Attributes:
+        losses: `LossOutput.sums`.
+        load_balance: Auxiliary loss of the routers, mean over documents, coefficient included.
+        scales: What one token of each span counted for, w_c / N_c.
+        num_tokens: Tokens of documents, padding left out.
+        num_slots: Tokens with padding.
+    """
+
+    losses: dict[str, Float[Tensor, " span"]]
+    load_balance: float
+    scales: Float[Tensor, " span"]
+    num_tokens: int
+    num_slots: int
+
+    def metrics(self) -> dict[str, float]:
+        """Means per span and counts, named for the log."""
+        return loss_metrics(self.losses, self.scales) | {
+            "train/load_balance_loss": self.load_balance,
+            "train/tokens": self.num_tokens,
+            "train/fill_pct": 100 * self.num_tokens / max(self.num_slots, 1),
+        }
+
+
+def sum_gradients(
+    replica: Replica, batches: Sequence[Batch], loss: Loss, config: TrainConfig
+) -> StepSums:
+    """Forward and backward of every micro-batch; gradients end up summed over all ranks.
+
+    The counts that losses are divided by are summed over the global batch before the first
+    forward, so the gradient does not depend on how the batch is cut up.
+
+    Raises:
+        RunError: If a span's loss is not a finite number.
+    """
+    device = replica.world.device
+    counts = global_counts(batches, device)
+    num_documents = int(counts["documents"])
+    scales = span_scales(span_weights(config.span_weights).to(device), counts["spans"])
+    coefficient = replica.student.config.load_balance
+    replica.zero_gradients()
+    parts = []
+    for index, batch in enumerate(batches):
+        batch = batch.to(device)
+        with replica.last_backward(index == len(batches) - 1):
+            inputs, load_balance_sum = run_student(replica.student, batch)
+            output = loss(inputs, scales)
+            balance = load_balance_loss(
+                load_balance_sum, coefficient=coefficient, num_documents=num_documents
+            )
+            (output.total + balance).backward()
+        parts.append(output.sums | {LOAD_BALANCE: balance.detach().double()})
+    replica.finish_gradients()
+    sums = all_sums(add_sums(parts))
+    balance = float(sums.pop(LOAD_BALANCE))
+    _refuse_non_finite({"loss": float(sums["loss"].sum()), "load-balance loss": balance})
+    return StepSums(sums, balance, scales, int(counts["tokens"]), int(counts["slots"]))
+
+
+def run_student(student: Student, batch: Batch) -> tuple[LossInputs, Float[Tensor, ""]]:
+    """A forward pass as a loss reads it, one row per label, and the routers' auxiliary sum."""
+    output = student(batch.tokens, positions=batch.positions, document_ids=batch.document_ids)
+    # Ignored labels may lie outside a vocabulary subset; any id that is inside will do for them.
+    is_trained = batch.span_ids != Span.IGNORE
+    labels = student.rows_of(torch.where(is_trained, batch.labels, batch.tokens))
+    teacher, rollout = batch.teacher_logprobs, batch.rollout_logprobs
+    inputs = LossInputs(
+        hidden=output.hidden.flatten(0, 1),
+        head_weight=student.head_weight,
+        labels=labels.flatten(),
+        span_ids=batch.span_ids.flatten(),
+        content_mask=batch.content_mask.flatten(),
+        teacher_logprobs=None if teacher is None else teacher.flatten(),
+        rollout_logprobs=None if rollout is None else rollout.flatten(),
+    )
+    return inputs, output.load_balance_sum
+
+
+def apply_gradients(
+    replica: Replica, config: TrainConfig, *, step: int, num_steps: int
+) -> dict[str, float]:
+    """Clip, update the parameters, then the routers' biases; returns norms and rates to log.
+
+    Raises:
+        RunError: If the gradient is not finite; nothing has been updated then.
+    """
+    norms = replica.gradient_norms()
+    total = math.hypot(*norms.values())
+    _refuse_non_finite({"gradient norm": total})
+    if config.clip_grad_norm and total > config.clip_grad_norm:
+        replica.scale_gradients(config.clip_grad_norm / total)
+    lr_factor = config.schedule.factor(step, num_steps=num_steps)
+    expert_counts = replica.sum_expert_counts()
+    replica.update(lr_factor, expert_counts)
+    router = replica.balance_experts(expert_counts)
+    return router | {
+        "lr": lr_factor * config.optimizer.lr,
+        "lr_factor": lr_factor,
+        "grad_norm/all": total,
+        **{f"grad_norm/{role}": norm for role, norm in norms.items()},
+    }
+
+
+def span_weights(config: SpanWeightsConfig) -> Float[Tensor, " span"]:
+    """Weights indexed by `Span`; ignored labels weigh nothing."""
+    values = {span: getattr(config, span.name.lower()) for span in TRAINED_SPANS}
+    return torch.tensor([values.get(span, 0.0) for span in Span], dtype=torch.float64)
+
+
+def _refuse_non_finite(values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise RunError(
+                f"{name} is {value}: training has diverged",
+                hint="resume from the last checkpoint with a lower learning rate in a new run",
+            )
