@@ -18,10 +18,7 @@ PATTERNS: dict[Role, str] = {
     "head": r"head\.weight",
     "router": r"router\.weight",
     "value_lambda": r"value_lambda",
-    "vector": (
-        r"(\w+_)?bias|gamma|sinks?|log_freq|A_log|dt_bias"
-        r"|(\w+_)?conv(1d)?(\.weight)?|\w*norm\.weight"
-    ),
+    "vector": r"(\w+_)?bias|gamma|sinks|log_freq|A_log|(\w+_)?conv",
     "matrix": r"[qkvo]_(proj|a|b)\.weight|(gate|up|down)[._]weight",
 }
 _COMPILED: dict[Role, re.Pattern[str]] = {
@@ -42,7 +39,7 @@ def role_of(name: str, param: Tensor) -> Role:
     References:
         own; the table `PATTERNS`, spec of the groups in docs/losses.md.
     """
-    roles = [role for role, pattern in _COMPILED.items() if pattern.search(name)]
+    roles: list[Role] = [role for role, pattern in _COMPILED.items() if pattern.search(name)]
     if len(roles) != 1:
         found = f"matches {' and '.join(roles)}" if roles else "has no role"
         raise RunError(
