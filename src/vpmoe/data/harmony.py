@@ -5,7 +5,7 @@ spans are then read off the tokens. `openai_harmony` stays the oracle: tests com
 the sample with it, and each build compares a random part of every shard.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +26,7 @@ from pydantic import Field
 from vpmoe.config import Config
 from vpmoe.data.completion import ParsedCompletion, parse_completion
 from vpmoe.data.conversation import Conversation, Message, shape_problem, text_problem
-from vpmoe.data.o200k import decode, encode, harmony_encoding, o200k
+from vpmoe.data.o200k import decode, encode, harmony_encoding, o200k, spell
 from vpmoe.data.structure import read_structure
 from vpmoe.errors import DataError
 from vpmoe.vocabulary import END_OF_TEXT, SPECIAL_TOKENS
@@ -70,7 +70,7 @@ class RenderConfig(Config):
     knowledge_cutoff: str = "2024-06"
     """Named in the system message; "" leaves the line out."""
 
-    developer_instructions: str | None = Field(None, min_length=1)
+    developer_instructions: str | None = Field(default=None, min_length=1)
     """Text of a developer message; absent means no such message."""
 
 
@@ -85,6 +85,23 @@ class Rendered:
 
     tokens: np.ndarray
     span_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Block:
+    """Several conversations as tokens.
+
+    Attributes:
+        flat: int32 ids of the documents end to end, each closed by `END_OF_TEXT`.
+        lengths: Tokens of each document.
+        kept: Which of the conversations given each document is.
+        failed: Index of a conversation given -> why it has no document.
+    """
+
+    flat: np.ndarray
+    lengths: np.ndarray
+    kept: list[int]
+    failed: dict[int, str]
 
 
 class Renderer:
@@ -107,34 +124,31 @@ class Renderer:
             return conversation.messages
         return self._preamble(self.config.reasoning_effort) + conversation.messages
 
-    def block(self, conversations: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of several conversations end to end, each closed by `END_OF_TEXT`, and lengths.
+    def block(self, conversations: Sequence[Conversation]) -> Block:
+        """The tokens of several conversations, each closed by `END_OF_TEXT`, end to end.
 
         The conversations must have passed `text_problem` and `shape_problem`. The preamble is
         tokenised once: special tokens part it from what follows, so the tokens are the same.
-
-        Raises:
-            DataError: If a conversation does not decode to its own text, naming the first.
         """
+        failed: dict[int, str] = {}
+        bodies: dict[int, np.ndarray] = {}
         texts = [self._text(c.messages, returns=True) + _END_OF_TEXT for c in conversations]
-        bodies = [self._tokens(text) for text in texts]
-        decoded = o200k().decode_bytes(np.concatenate(bodies).tolist())
-        if decoded != "".join(texts).encode():
-            culprit = next(
-                c.sample_id
-                for c, text, body in zip(conversations, texts, bodies, strict=True)
-                if o200k().decode_bytes(body.tolist()) != text.encode()
-            )
-            raise DataError(
-                f"sample {culprit} does not decode to its own text",
-                hint="the installed tokenizer is broken; reinstall tiktoken",
-            )
+        for index, text in enumerate(texts):
+            try:
+                bodies[index] = self._tokens(text)
+            except ValueError:  # a million spaces overflow the pre-tokenizer's stack
+                failed[index] = "untokenizable"
+        for index in _lossy(bodies, texts):
+            failed[index] = "does_not_round_trip"
+            del bodies[index]
         none = self._preamble_tokens[:0]
-        heads = [none if _has_preamble(c) else self._preamble_tokens for c in conversations]
-        pairs = zip(heads, bodies, strict=True)
+        pairs = [
+            (none if _has_preamble(conversations[index]) else self._preamble_tokens, body)
+            for index, body in bodies.items()
+        ]
         lengths = np.array([head.size + body.size for head, body in pairs], dtype=np.int64)
-        parts = [part for pair in zip(heads, bodies, strict=True) for part in pair]
-        return np.concatenate(parts).astype(np.int32), lengths
+        flat = np.concatenate([none, *(part for pair in pairs for part in pair)]).astype(np.int32)
+        return Block(flat, lengths, list(bodies), failed)
 
     def render(self, conversation: Conversation) -> Rendered:
         """One conversation as training tokens, without the end of text after it.
@@ -145,11 +159,14 @@ class Renderer:
         self._require_plain(conversation.messages)
         if problem := shape_problem(conversation.messages):
             raise DataError(f"sample {conversation.sample_id}: {problem.replace('_', ' ')}")
-        flat, lengths = self.block([conversation])
-        structure = read_structure(flat, lengths)
+        block = self.block([conversation])
+        if block.failed:
+            reason = block.failed[0].replace("_", " ")
+            raise DataError(f"sample {conversation.sample_id}: {reason}")
+        structure = read_structure(block.flat, block.lengths)
         if structure.problems:
             raise DataError(f"sample {conversation.sample_id}: {structure.problems[0]}")
-        return Rendered(flat[:-1], structure.span_ids[:-1])
+        return Rendered(block.flat[:-1], structure.span_ids[:-1])
 
     def prompt(self, query: str, reasoning_effort: Effort | None = None) -> np.ndarray:
         """Tokens of a question up to where the assistant's completion starts.
@@ -236,6 +253,16 @@ class Renderer:
                     f"{problem.replace('_', ' ')} text",
                     hint="give plain text without Harmony's special tokens",
                 )
+
+
+def _lossy(bodies: Mapping[int, np.ndarray], texts: Sequence[str]) -> list[int]:
+    """Which bodies do not decode to their own text; one comparison when all do."""
+    if not bodies:
+        return []
+    expected = "".join(texts[index] for index in bodies).encode()
+    if spell(np.concatenate(list(bodies.values()))) == expected:
+        return []
+    return [index for index, body in bodies.items() if spell(body) != texts[index].encode()]
 
 
 def _has_preamble(conversation: Conversation) -> bool:
