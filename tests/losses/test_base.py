@@ -92,7 +92,7 @@ def test_worked_example_over_two_ranks():
     """Losses [1,2,3,4] and [5,6,7,8], spans [1,1,1,2] and [0,1,2,2]: 12/4 + 19/3."""
     nll = torch.arange(1.0, 9.0)
     span_ids = torch.tensor([1, 1, 1, 2, 0, 1, 2, 2], dtype=torch.uint8)
-    scales = span_scales(torch.tensor([0, 1, 1]), torch.tensor([1, 4, 3]))
+    scales = span_scales(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1, 4, 3]))
     # hidden [x, 0] on a head [[1, .], [0, .]] gives log p_0 = -log(1 + exp(-x)) = -nll
     x = -(nll.double().expm1()).log()
     hidden = torch.stack([x, torch.zeros_like(x)], dim=1)
