@@ -21,36 +21,43 @@ def build(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Turn SYNTH rows into tokenized shards: rows, Harmony, tokens and spans, manifest.
+    """Turn SYNTH rows into tokens, spans and a manifest.
 
     An interrupted build goes on at its last finished shard; a finished one is refused
     without --overwrite.
     """
+    from vpmoe.cli.sizing import dataset_facts
     from vpmoe.config import fingerprint, load, resolved
     from vpmoe.data.build import DataConfig, build_dataset
 
     settings = load(config, DataConfig, overrides or [])
     if dry_run:
-        print_facts([*flat(resolved(settings)), ("fingerprint", fingerprint(resolved(settings)))])
+        tree = resolved(settings)
+        print_facts([*flat(tree), ("fingerprint", fingerprint(tree))])
         return
     with progress("rows") as tick:
         manifest = build_dataset(settings, overwrite=overwrite, progress=tick)
     if as_json:
         print_json(manifest)
     else:
-        print_facts([("dataset", str(settings.output)), *flat(manifest["totals"])])
+        print_facts([("dataset", str(settings.output)), *dataset_facts(manifest)])
 
 
 @app.command()
 def show(
     dataset: DatasetFolder,
-    example: Annotated[int, typer.Option(help="Which conversation, from 0.")] = 0,
-    split: Annotated[str, typer.Option(help="train or valid.")] = "train",
+    example: Annotated[int, typer.Option("--example", help="Which conversation, from 0.")] = 0,
+    split: Annotated[str, typer.Option("--split", help="train or valid.")] = "train",
 ) -> None:
-    """Print one conversation in color: prompt, reasoning, final, masks, token count."""
-    from vpmoe.data.loader import Dataset
+    """Print one conversation in color: prompt, reasoning, final, masks, token count.
+
+    DATASET may name a split too, as in data/synth-kd-v1/valid.
+    """
+    from vpmoe.data.dataset import Dataset
     from vpmoe.data.show import show_example
 
+    if dataset.name in ("train", "valid"):
+        dataset, split = dataset.parent, dataset.name
     console().print(show_example(Dataset(dataset, split), example))
 
 

@@ -1,26 +1,28 @@
 """Which config class a file is for."""
 
 import difflib
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
 
 from vpmoe.config import Config, Tree, apply_overrides, read_tree, validate
 from vpmoe.errors import ConfigError
 
+# Named rather than imported: checking a dataset's config need not wait for torch.
+CLASSES = {
+    "data": "vpmoe.data.build:DataConfig",
+    "student": "vpmoe.models.config:StudentConfig",
+    "score": "vpmoe.stages.score:ScoreConfig",
+    "warm_start": "vpmoe.stages.warm_start:WarmStartConfig",
+    "offline": "vpmoe.stages.offline:OfflineConfig",
+    "on_policy": "vpmoe.stages.on_policy:OnPolicyConfig",
+}
 
-def config_classes() -> dict[str, type[Config]]:
-    """Every class that a file can be written for, by its `kind`."""
-    from vpmoe.data.build import DataConfig
-    from vpmoe.models.student import StudentConfig
-    from vpmoe.stages import STAGE_CONFIGS
 
-    return {kind: cls for cls in (DataConfig, StudentConfig, *STAGE_CONFIGS) for kind in kinds(cls)}
-
-
-def kinds(cls: type[Config]) -> tuple[Any, ...]:
-    """The values that `kind` may have in a file for `cls`."""
-    return get_args(cls.model_fields["kind"].annotation)
+def class_of(kind: str) -> type[Config]:
+    """The config class of a kind, imported now."""
+    module, _, name = CLASSES[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def load_any(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -32,22 +34,21 @@ def load_any(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: If no kind fits, or the settings are wrong.
     """
     tree = apply_overrides(read_tree(path), overrides)
-    return validate(_class_of(tree, path), tree, source=str(path))
+    return validate(class_of(_kind_of(tree, path)), tree, source=str(path))
 
 
-def _class_of(tree: Tree, path: Path) -> type[Config]:
-    classes = config_classes()
+def _kind_of(tree: Tree, path: Path) -> str:
     if "kind" in tree:
         kind = str(tree["kind"])
-        if kind in classes:
-            return classes[kind]
-        near = difflib.get_close_matches(kind, classes, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else f"kinds: {', '.join(classes)}"
+        if kind in CLASSES:
+            return kind
+        near = difflib.get_close_matches(kind, CLASSES, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else f"kinds: {', '.join(CLASSES)}"
         raise ConfigError([(f"{path}: there is no kind {kind!r}", hint)])
-    known = {kind: len(tree.keys() & cls.model_fields.keys()) for kind, cls in classes.items()}
+    known = {kind: len(tree.keys() & class_of(kind).model_fields.keys()) for kind in CLASSES}
     best = max(known.values())
     likely = [kind for kind, count in known.items() if count == best]
     if best == 0 or len(likely) > 1:
-        hint = f"add kind = ..., one of: {', '.join(classes)}"
+        hint = f"add kind = ..., one of: {', '.join(CLASSES)}"
         raise ConfigError([(f"{path} does not say its kind", hint)])
-    return classes[likely[0]]
+    return likely[0]

@@ -1,5 +1,37 @@
-"""`vpmoe score`."""
+"""`vpmoe score`: a teacher's log-probs of a dataset, on disk."""
+
+from typing import Annotated
+
+import typer
+
+from vpmoe.cli.grammar import ConfigFile, DryRun, Json, Overrides, Overwrite
+from vpmoe.cli.render import flat, print_facts, print_json, progress
 
 
-def score() -> None:
-    """Placeholder."""
+def score(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option("--split", help="train or valid, over the file's.")] = "",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Let a teacher score a dataset's answers and keep its log-probs on disk.
+
+    An interrupted run goes on where it stopped; nothing is scored twice.
+    """
+    from vpmoe.config import fingerprint, load, resolved
+    from vpmoe.stages.score import ScoreConfig, run
+
+    words = [*(overrides or []), *([f"split={split}"] if split else [])]
+    settings = load(config, ScoreConfig, words)
+    if dry_run:
+        tree = resolved(settings)
+        print_facts([*flat(tree), ("fingerprint", fingerprint(tree))])
+        return
+    with progress("tokens") as tick:
+        manifest = run(settings, overwrite=overwrite, progress=tick)
+    if as_json:
+        print_json(manifest)
+    else:
+        print_facts([("targets", str(settings.output)), *flat(manifest)])
