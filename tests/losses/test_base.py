@@ -110,6 +110,11 @@ def test_worked_example_over_two_ranks():
     assert total == pytest.approx(9.333333, abs=5e-7)
 
 
+def test_scales_are_weight_over_count_and_never_of_ignored_labels():
+    scales = span_scales(torch.tensor([5.0, 2.0, 3.0]), torch.tensor([10, 4, 0]))
+    assert scales.tolist() == [0.0, 0.5, 0.0]
+
+
 def test_ignored_rows_change_nothing():
     """Not one bit: ignored rows are taken out before the head sees them."""
     inputs = rows()

@@ -37,7 +37,7 @@ def role_of(name: str, param: Tensor) -> Role:
         RunError: If no pattern matches the name, or more than one.
 
     References:
-        own; the table `PATTERNS`, spec of the groups in docs/losses.md.
+        own; the table `PATTERNS`, and "The optimizer" in docs/losses.md.
     """
     roles: list[Role] = [role for role, pattern in _COMPILED.items() if pattern.search(name)]
     if len(roles) != 1:

@@ -72,7 +72,7 @@ def steps_of(length: float, *, num_steps: int) -> int:
         own; what the configs of this file promise.
 
     Example:
-        >>> steps_of(0.1, num_steps=25), steps_of(40, num_steps=25), steps_of(0, num_steps=25)
+        >>> steps_of(0.1, num_steps=25), steps_of(40.0, num_steps=25), steps_of(0.0, num_steps=25)
         (3, 40, 0)
     """
     return math.ceil(length * num_steps) if length < 1 else round(length)
