@@ -8,7 +8,7 @@ from pydantic import Field
 
 from vpmoe.batch import Rollout
 from vpmoe.config import Config
-from vpmoe.data.harmony import parse_completion
+from vpmoe.data.completion import parse_completion
 
 
 class GatesConfig(Config):
