@@ -7,18 +7,10 @@ import numpy as np
 
 from vpmoe.batch import Rollout
 from vpmoe.errors import TeacherError
+from vpmoe.evals.by_span import BySpan, tally
 from vpmoe.rollouts.collate import completion_spans
-from vpmoe.spans import TRAINED_SPANS
-from vpmoe.teachers.base import Teacher, require_logprobs
-
-
-@dataclass(frozen=True)
-class BySpan:
-    """A mean over the tokens of each span, and over all of them."""
-
-    reasoning: float | None
-    final: float | None
-    all: float | None
+from vpmoe.teachers.base import require_logprobs
+from vpmoe.teachers.local import LocalTeacher
 
 
 @dataclass(frozen=True)
@@ -37,7 +29,7 @@ class TeacherGap:
     token_counts: dict[str, int]
 
 
-def with_teacher(rollouts: Sequence[Rollout], teacher: Teacher) -> list[Rollout]:
+def with_teacher(rollouts: Sequence[Rollout], teacher: LocalTeacher) -> list[Rollout]:
     """The rollouts with the teacher's log-probs of every sampled token."""
     sequences = [np.concatenate([r.prompt, r.completion]) for r in rollouts]
     scores = teacher.score(sequences)
@@ -72,16 +64,8 @@ def teacher_gap(rollouts: Sequence[Rollout]) -> TeacherGap:
         spans.append(completion_spans(rollout.completion))
     d = np.concatenate(differences) if differences else np.zeros(0)
     span_ids = np.concatenate(spans) if spans else np.zeros(0, dtype=np.uint8)
-    k1 = _by_span(d, span_ids)
-    k3 = _by_span(np.expm1(-d) + d, span_ids)
-    counts = {span.name.lower(): int((span_ids == span).sum()) for span in TRAINED_SPANS}
-    return TeacherGap(k1, k3, {**counts, "all": int(span_ids.size)})
-
-
-def _by_span(values: np.ndarray, span_ids: np.ndarray) -> BySpan:
-    means = {span.name.lower(): _mean(values[span_ids == span]) for span in TRAINED_SPANS}
-    return BySpan(**means, all=_mean(values))
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if values.size else None
+    return TeacherGap(
+        k1=tally(d, span_ids).means(),
+        k3=tally(np.expm1(-d) + d, span_ids).means(),
+        token_counts=tally(d, span_ids).token_counts(),
+    )
