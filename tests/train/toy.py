@@ -1,12 +1,13 @@
 """A tiny student and a plan of random packed sequences, for tests of the loop."""
 
-import sys
+import multiprocessing
+import os
+import socket
 from pathlib import Path
 
 import torch
 
 from vpmoe.batch import PADDING_DOCUMENT, Batch
-from vpmoe.config import load
 from vpmoe.losses.cross_entropy import CrossEntropyConfig
 from vpmoe.models.config import StudentConfig
 from vpmoe.models.student import build_student
@@ -116,7 +117,7 @@ class ToyPlan(Plan):
 
 def run(config: TrainConfig, *, resume: bool = False, dtype=torch.float32, **options):
     """Train the tiny student through the real loop; returns it."""
-    with world(config.device) as ranks:
+    with world(config.device, threads=config.threads) as ranks:
         student = build_student(student_config(), seed=config.seed, dtype=dtype)
         plan = options.pop("plan", None)
         plan = plan or ToyPlan(config, rank=ranks.rank, num_ranks=ranks.size)
@@ -124,6 +125,30 @@ def run(config: TrainConfig, *, resume: bool = False, dtype=torch.float32, **opt
     return student
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(load(Path(sys.argv[1]), TrainConfig), resume="--resume" in sys.argv)
+def start(config: TrainConfig, *, rank: int = 0, num_ranks: int = 1, port: int = 0, **options):
+    """`run` in a process of its own, forked from a server that has done the slow imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    env = {"RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    process = context.Process(target=_work, args=(config, env if num_ranks > 1 else {}, options))
+    process.start()
+    return process
+
+
+def _work(config: TrainConfig, env: dict, options: dict) -> None:
+    os.environ.update({name: str(value) for name, value in env.items()})
+    run(config, **options)
+
+
+def run_on_ranks(config: TrainConfig, *, num_ranks: int, **options) -> None:
+    """`run` on some ranks of this machine; all have ended well when it returns."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [
+        start(config, rank=rank, num_ranks=num_ranks, port=port, **options)
+        for rank in range(num_ranks)
+    ]
+    for process in ranks:
+        process.join(timeout=120)
+    assert [process.exitcode for process in ranks] == [0] * num_ranks

@@ -63,13 +63,19 @@ def find_device(name: DeviceName) -> torch.device:
 
 
 @contextmanager
-def world(name: DeviceName) -> Iterator[World]:
+def world(name: DeviceName, *, threads: int = 0) -> Iterator[World]:
     """The processes of this run, joined through Megatron-Core's process groups.
 
     Started by `torchrun` it joins the others; started by hand it is a group of one, on the same
     code path and without a network. A group that is already there is used and left alone.
+
+    Args:
+        name: Where to compute.
+        threads: CPU threads of torch; 0 leaves its choice.
     """
     device = find_device(name)
+    if threads:
+        torch.set_num_threads(threads)
     if dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size(), device)
         return
