@@ -318,6 +318,7 @@ def _manifest(
         "schema_version": SCHEMA_VERSION,
         **provenance(),
         "fingerprint": fingerprint(settings),
+        "settings": settings,
         "config": resolved(config),
         "tokenizer": settings["tokenizer"],
         "renderer": settings["renderer"],
