@@ -6,11 +6,17 @@ from pathlib import Path
 import pytest
 
 from vpmoe.errors import RunError
-from vpmoe.evals.report import write_report
+from vpmoe.evals.report import page, write_report
 from vpmoe.evals.report.charts_training import time_shares
 from vpmoe.evals.report.runs import read_runs
 from vpmoe.evals.report.tables import differing_settings, summary
 from vpmoe.evals.report.theme import short_number, smoothed
+
+
+@pytest.fixture(autouse=True)
+def coarse_pictures(monkeypatch):
+    """A tenth of the pixels: what is in them does not change."""
+    monkeypatch.setattr(page, "DOTS_PER_INCH", 60)
 
 
 def share(correct, count):
@@ -85,11 +91,11 @@ class Resources(HTMLParser):
 def test_page_needs_nothing_beside_it(two_runs, tmp_path):
     files = write_report(two_runs, tmp_path / "report")
     html = files.page.read_text()
-    page = Resources()
-    page.feed(html)
-    assert page.addresses
-    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert "url(" not in html and "@import" not in html and "http" not in page.text
+    read = Resources()
+    read.feed(html)
+    assert read.addresses
+    assert all(address.startswith("data:image/png;base64,") for address in read.addresses)
+    assert "url(" not in html and "@import" not in html and "http" not in read.text
     assert {image.stem for image in files.images} == {
         "exact-match", "loss", "validity", "router-load", "router-health", "speed",
     }  # fmt: skip
@@ -98,9 +104,9 @@ def test_page_needs_nothing_beside_it(two_runs, tmp_path):
 
 
 def test_page_tells_what_was_measured(two_runs, tmp_path):
-    page = Resources()
-    page.feed(write_report(two_runs, tmp_path / "report").page.read_text())
-    text = re.sub(r"\s+", " ", page.text)
+    read = Resources()
+    read.feed(write_report(two_runs, tmp_path / "report").page.read_text())
+    text = re.sub(r"\s+", " ", read.text)
     for phrase in (
         "25.0 %",
         "87.5 %",
