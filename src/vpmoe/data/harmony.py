@@ -194,15 +194,19 @@ class Renderer:
 
     def oracle_tokens(self, conversation: Conversation) -> np.ndarray:
         """The same conversation through Harmony's reference renderer, end of text appended."""
+        ids = harmony_encoding().render_conversation_for_training(
+            OracleConversation.from_messages(self.oracle_messages(conversation)),
+            RenderConversationConfig(auto_drop_analysis=False),
+        )
+        return np.array([*ids, END_OF_TEXT], dtype=np.int32)
+
+    def oracle_messages(self, conversation: Conversation) -> list[OracleMessage]:
+        """The conversation with its preamble in the reference library's own types."""
         messages = [] if _has_preamble(conversation) else self._oracle_preamble()
         for message in conversation.messages:
             made = OracleMessage.from_role_and_content(OracleRole(message.role), message.content)
             messages.append(made.with_channel(message.channel) if message.channel else made)
-        ids = harmony_encoding().render_conversation_for_training(
-            OracleConversation.from_messages(messages),
-            RenderConversationConfig(auto_drop_analysis=False),
-        )
-        return np.array([*ids, END_OF_TEXT], dtype=np.int32)
+        return messages
 
     def _oracle_preamble(self) -> list[OracleMessage]:
         c = self.config

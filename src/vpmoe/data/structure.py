@@ -77,6 +77,8 @@ def read_structure(flat: np.ndarray, lengths: np.ndarray) -> Structure:
     report(np.flatnonzero((flat < 0) | (flat >= VOCAB_SIZE)), "token id outside the vocabulary")
     where = np.flatnonzero(flat >= FIRST_SPECIAL)
     kinds = flat[where]
+    report((ends - lengths)[flat[ends - lengths] != START], "does not begin with a message")
+    report(where[~np.isin(kinds, list(_FOLLOWERS))], "special token of no training conversation")
     _check_ends(flat, ends, where[kinds == END_OF_TEXT], problems)
     _check_order(where, kinds, report)
     starts = where[kinds == START]
@@ -98,12 +100,9 @@ def _check_ends(
 
 def _check_order(where: np.ndarray, kinds: np.ndarray, report: Report) -> None:
     following = np.append(kinds[1:], START)  # the block's last token is an end of text
-    known = np.zeros(kinds.size, dtype=bool)
     for kind, allowed in _FOLLOWERS.items():
         here = kinds == kind
-        known |= here
         report(where[here & ~np.isin(following, allowed)], "special tokens out of order")
-    report(where[~known], "special token that no training conversation holds")
     distance = np.append(np.diff(where), 1)
     adjacent = np.isin(kinds, (END, RETURN, END_OF_TEXT))
     report(where[adjacent & (distance != 1)], "text between messages")
