@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vpmoe.data.harmony import RenderConfig
 from vpmoe.data.layout import ARRAYS, SAMPLES_SCHEMA, SCHEMA_VERSION, array_prefix, samples_path
 from vpmoe.data.split import SPLITS, Split
 from vpmoe.errors import DataError
@@ -149,12 +150,36 @@ class Dataset:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a target store notes about the dataset that it belongs to."""
+        """What a target store or a checkpoint notes about the dataset that it belongs to."""
         return {
             "manifest_sha256": file_sha256(self.path / MANIFEST_NAME),
             "fingerprint": self.manifest["fingerprint"],
             "tokenizer_sha256": self.manifest["tokenizer"]["sha256"],
+            "render": self.manifest["config"]["render"],
         }
+
+    @property
+    def render(self) -> RenderConfig:
+        """How the dataset was rendered."""
+        return RenderConfig(**self.manifest["config"]["render"])
+
+
+def trained_render(inputs: Mapping[str, Any]) -> RenderConfig:
+    """How the dataset that a checkpoint was trained on was rendered.
+
+    Args:
+        inputs: What the checkpoint's manifest says it was made from.
+
+    Raises:
+        DataError: If it does not say.
+    """
+    settings = inputs.get("data", {}).get("render")
+    if settings is None:
+        raise DataError(
+            "the checkpoint does not say how its data was rendered",
+            hint="pass the render settings of its dataset",
+        )
+    return RenderConfig(**settings)
 
 
 def load_manifest(path: Path) -> dict[str, Any]:
