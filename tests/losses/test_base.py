@@ -145,6 +145,17 @@ def test_content_metrics_leave_wrappers_out():
         )
 
 
+def test_spread_of_the_teachers_logprobs():
+    inputs = rows()
+    means = span_means(CrossEntropyConfig().build()(inputs, torch.ones(3)).sums)
+    for span in (1, 2):
+        chosen = inputs.teacher_logprobs[inputs.span_ids == span]
+        assert means["teacher_logprob"][span].item() == pytest.approx(chosen.mean().item())
+        spread = chosen.std(correction=0).item()
+        assert means["teacher_logprob_std"][span].item() == pytest.approx(spread)
+    assert not [name for name in means if name.endswith("_squared")]
+
+
 def test_sum_by_span_is_exact_over_a_long_batch():
     """Float32 would lose the small values behind the large one."""
     values = torch.full((100_001,), 1e-4)

@@ -199,3 +199,28 @@ def test_bfloat16_gradients_are_rounded_once():
         assert found.dtype == torch.bfloat16
         error = (found.double() - wanted).norm() / wanted.norm()
         assert error < 6e-3  # bfloat16 keeps 8 bits: half a unit in the last place is 2e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_against_float64(dtype):
+    """The full vocabulary, in the precision of training."""
+    rows, dim, vocab = 600, 64, 201_088
+    wide = inputs_of(rows=rows, dim=dim, vocab=vocab, dtype=torch.float32)
+    narrow = [
+        tensor.detach().to("cuda", dtype).requires_grad_()
+        for tensor in (wide.hidden * 0.2, wide.head_weight * 0.2)
+    ]
+    inputs = LossInputs(*narrow, wide.labels.cuda(), wide.span_ids.cuda(), wide.content_mask.cuda())
+    coefficients = torch.full((rows,), 1 / rows, device="cuda")
+    total = chunked_loss(
+        *narrow, coefficients, label_row_function(inputs, curved), chunk_rows=256
+    ).total
+    exact = [tensor.detach().double().requires_grad_() for tensor in narrow]
+    expected = chunked_loss_reference(*exact, inputs.labels, coefficients.double(), curved)
+    close = 1e-5 if dtype == torch.float32 else 1e-2
+    assert total.item() == pytest.approx(expected.item(), rel=close)
+    for found, wanted in zip(
+        grads_of(total, inputs), torch.autograd.grad(expected, exact), strict=True
+    ):
+        assert (found.double() - wanted).norm() / wanted.norm() < close

@@ -187,3 +187,23 @@ def test_a_quadratic_is_minimised():
             optimizer.step(1 - step / 200)
             losses.append(loss.item())
         assert losses[-1] < 0.02 * losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("polar_dtype", "close"), [("float32", 1e-3), ("auto", 5e-2)])
+def test_a_gpu_moves_as_a_cpu_does(polar_dtype, close):
+    """`auto` iterates in bfloat16 there, which costs a few percent of the update."""
+    before, here = model_of(), model_of()
+    there = {name: torch.nn.Parameter(param.detach().cuda()) for name, param in before.items()}
+    active = dict.fromkeys(EXPERTS, torch.tensor([True, False, True, True]))
+    train(here, [NorMuonAdamW(here.items(), NorMuonConfig())], range(2), active=active)
+    config = NorMuonConfig(polar_dtype=polar_dtype)
+    optimizer = NorMuonAdamW(there.items(), config)
+    for step in range(2):
+        set_gradients(before, step)
+        for name, param in there.items():
+            param.grad = before[name].grad.cuda()
+        optimizer.step(0.9, active)
+    for name, param in before.items():
+        moved, wanted = there[name].cpu() - param, here[name] - param
+        assert (moved - wanted).norm() < close * wanted.norm(), name

@@ -14,6 +14,7 @@ from vpmoe.spans import NUM_SPANS, Span
 TOKENS = "tokens"
 CONTENT_PREFIX = "content_"
 CONTENT_TOKENS = CONTENT_PREFIX + TOKENS
+SQUARED_SUFFIX = "_squared"
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def span_means(sums: Mapping[str, Tensor]) -> dict[str, Float[Tensor, " span"]]:
     """Mean per token of each global sum, by name and span; NaN where a span holds no token.
 
     Sums named `content_*` are divided by the number of content tokens, all others by the number
-    of tokens.
+    of tokens. A sum of squares `x_squared` beside `x` gives the standard deviation `x_std`.
 
     Args:
         sums: `LossOutput.sums`, added up over micro-batches and ranks.
@@ -169,9 +170,13 @@ def span_means(sums: Mapping[str, Tensor]) -> dict[str, Float[Tensor, " span"]]:
     References:
         own; "Sums and counts" in docs/losses.md.
     """
-    counts = (TOKENS, CONTENT_TOKENS)
-    return {
+    means = {
         name: value / sums[CONTENT_TOKENS if name.startswith(CONTENT_PREFIX) else TOKENS]
         for name, value in sums.items()
-        if name not in counts
+        if name not in (TOKENS, CONTENT_TOKENS)
     }
+    for squared in [name for name in means if name.endswith(SQUARED_SUFFIX)]:
+        name = squared.removesuffix(SQUARED_SUFFIX)
+        variance = means.pop(squared) - means[name].square()
+        means[f"{name}_std"] = variance.clamp_min(0.0).sqrt()
+    return means

@@ -283,4 +283,5 @@ def label_metrics(
     }
     if rows.teacher_logprobs is not None:
         metrics["teacher_logprob"] = rows.teacher_logprobs
+        metrics["teacher_logprob_squared"] = rows.teacher_logprobs.double().square()
     return metrics

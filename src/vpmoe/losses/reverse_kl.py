@@ -133,7 +133,7 @@ class SampledReverseKL(LabelLoss):
             "reverse_kl": -advantages,  # k1: unbiased, may be negative
             "reverse_kl_k3": advantages.exp() - 1 - advantages,  # never negative
             "importance_ratio": ratio,
-            "importance_ratio_squared": ratio.square(),  # with the above: effective sample size
+            "importance_ratio_squared": ratio.double().square(),  # effective sample size
         }
         if self.config.importance == "truncated":
             metrics["importance_truncated"] = (ratio > self.config.importance_cap).double()
