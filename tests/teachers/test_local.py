@@ -55,7 +55,7 @@ def test_full_vocabulary_without_a_subset(tmp_path):
     assert teacher.identity.vocab_sha256 == O200K_SHA256
 
 
-@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 def test_scores_do_not_depend_on_the_batch(teacher_folder, experts):
     sequences = random_sequences([3, 60, 2, 31, 60, 9, 33])
     alone = [build(teacher_folder, experts=experts).score([s])[0] for s in sequences]

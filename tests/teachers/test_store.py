@@ -102,6 +102,17 @@ def test_labels_and_spans_must_match(tmp_path):
     assert not shard_files(tmp_path)
 
 
+def write_slowly(store, parts, log):
+    with TargetWriter(store, HEADER) as writer:
+        for index, part in enumerate(parts):
+            if index not in writer.done:
+                with log.open("a") as lines:
+                    lines.write(f"{index}\n")
+                time.sleep(0.01)
+                writer.write(index, part)
+        writer.finish(len(parts))
+
+
 def test_a_killed_writer_loses_one_slice_at_most(tmp_path):
     """Real processes, killed with SIGKILL at random moments; the bytes end up the same."""
     parts = slices(12)
@@ -111,15 +122,10 @@ def test_a_killed_writer_loses_one_slice_at_most(tmp_path):
     while not finished:
         child = os.fork()
         if child == 0:
-            with TargetWriter(store, HEADER) as writer:
-                for index, part in enumerate(parts):
-                    if index not in writer.done:
-                        with log.open("a") as lines:
-                            lines.write(f"{index}\n")
-                        time.sleep(0.01)
-                        writer.write(index, part)
-                writer.finish(len(parts))
-            os._exit(0)
+            try:
+                write_slowly(store, parts, log)
+            finally:
+                os._exit(0)
         time.sleep(rng.uniform(0.0, 0.08))
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -42,16 +42,17 @@ class TeacherIdentity:
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A model that scores tokens it is given."""
+    """A model that scores tokens it is given.
+
+    Attributes:
+        provides: `TEACHER_LOGPROBS`, `ROLLOUT_LOGPROBS`: compared with what a loss needs.
+    """
+
+    provides: ClassVar[frozenset[str]]
 
     @property
     def identity(self) -> TeacherIdentity:
         """Who answers."""
-        ...
-
-    @property
-    def provides(self) -> frozenset[str]:
-        """`TEACHER_LOGPROBS`, `ROLLOUT_LOGPROBS`: compared with what a loss needs."""
         ...
 
     def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:

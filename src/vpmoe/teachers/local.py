@@ -44,13 +44,13 @@ class LocalTeacherConfig(Config):
     """Branch, tag or commit of a hub id; empty takes its main branch and records the commit."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """What the network computes in; its head always works in float32."""
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     """Where it runs: "cpu", "cuda" or "cuda:N"."""
-    batch_tokens: int = Field(16_384, ge=1)
+    batch_tokens: int = Field(default=16_384, ge=1)
     """Tokens of one forward, padding included; a longer sequence goes alone."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "eager"
     """transformers' attention implementation; GPT-OSS has no sdpa."""
-    experts: Literal["", "eager", "batched_mm", "grouped_mm"] = ""
+    experts: Literal["", "eager", "grouped_mm"] = ""
     """transformers' implementation of the experts; empty leaves the model's own default."""
     seed: int = 0
     """Of the weights, when `path` is a config alone."""

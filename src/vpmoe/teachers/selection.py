@@ -3,12 +3,14 @@
 import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from vpmoe.config import Config
+
+Column = Literal["language", "exercise", "model", "constraints", "seed_license"]
 
 
 class SelectionConfig(Config):
@@ -17,11 +19,11 @@ class SelectionConfig(Config):
     The choice is a pure function of these settings and the samples' own counts.
     """
 
-    fraction: float = Field(0.2, gt=0, le=1)
+    fraction: float = Field(default=0.2, gt=0, le=1)
     """Share of the split's tokens; 1 takes every sample."""
-    longer_reasoning: float = Field(1.0, ge=0, le=4)
+    longer_reasoning: float = Field(default=1.0, ge=0, le=4)
     """A sample is drawn in proportion to its reasoning tokens to this power; 0 ignores length."""
-    balance: tuple[str, ...] = ("language", "exercise")
+    balance: tuple[Column, ...] = ("language", "exercise")
     """Metadata columns whose values share the tokens equally, as far as each has enough."""
     languages: tuple[str, ...] = ()
     """Only these; empty takes all."""

@@ -1,0 +1,237 @@
+"""Before stage 2: a teacher's log-probs of a dataset's own answers, written once."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from vpmoe.batch import ReasoningEffort
+from vpmoe.config import Config, resolved
+from vpmoe.data.dataset import Dataset
+from vpmoe.data.effort import with_effort
+from vpmoe.data.harmony import RenderConfig
+from vpmoe.errors import DataError
+from vpmoe.spans import Span
+from vpmoe.teachers import TeacherConfig
+from vpmoe.teachers.base import ROLLOUT_LOGPROBS, Teacher, require_logprobs
+from vpmoe.teachers.selection import Candidate, Column, SelectionConfig, select
+from vpmoe.teachers.shards import SampleTargets
+from vpmoe.teachers.store import TargetStore, TargetWriter
+from vpmoe.vocabulary import O200K_SHA256
+
+Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+
+_PIECE_TOKENS = 2**16  # of one call to the teacher: how often progress is told
+
+# Config
+
+
+class ScoreConfig(Config):
+    """Which part of a dataset is scored, by whom, and where the answers go."""
+
+    kind: Literal["score"] = "score"
+    data: Path
+    """Folder of a finished dataset."""
+    split: Literal["train", "valid"] = "train"
+    output: Path
+    """Folder of the target store; an interrupted one is continued."""
+    teacher: TeacherConfig
+    """Who scores."""
+    reasoning_effort: ReasoningEffort | None = None
+    """Named in the teacher's system message; absent = the prompt as the dataset renders it."""
+    selection: SelectionConfig = SelectionConfig()
+    """Which samples."""
+    shard_tokens: int = Field(default=2**20, ge=1)
+    """Tokens of the documents in one file; a killed run loses the file under way."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _can_score(cls, teacher: Any) -> Any:
+        if ROLLOUT_LOGPROBS not in teacher.provides:
+            raise ValueError(f"a {teacher.kind} teacher cannot score a dataset; use kind = local")
+        return teacher
+
+
+# Build
+
+
+def run(
+    config: ScoreConfig, *, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """The manifest of the target store that `config` describes, scored as far as it was not.
+
+    Args:
+        config: What to score.
+        overwrite: Replace a store made with other settings.
+        progress: Told (tokens done, tokens in all).
+
+    Raises:
+        DataError: If dataset or store are broken, or the store belongs to other settings.
+        TeacherError: If the teacher cannot be loaded or answers nonsense.
+    """
+    dataset = Dataset(config.data, config.split)
+    teacher = config.teacher.build()
+    assert isinstance(teacher, Teacher)  # the config's validator saw to it
+    return score_dataset(dataset, teacher, config, overwrite=overwrite, progress=progress)
+
+
+def open_targets(path: Path, dataset: Dataset) -> TargetStore:
+    """A finished target store, verified to speak of the samples of `dataset`.
+
+    Raises:
+        DataError: If the store is damaged, or was made for other data or another vocabulary.
+    """
+    store = TargetStore(path)
+    store.require(
+        dataset_sha256=content_sha256(dataset),
+        split=dataset.split,
+        tokenizer_sha256=O200K_SHA256,
+    )
+    unknown = store.keys() - dataset.index_of.keys()
+    if unknown:
+        raise DataError(
+            f"target store {path} has {len(unknown)} samples that the dataset lacks, first "
+            f"{min(unknown)}",
+            hint="score this dataset with vpmoe score",
+        )
+    return store
+
+
+# Step
+
+
+def score_samples(
+    dataset: Dataset,
+    teacher: Teacher,
+    indices: Sequence[int],
+    *,
+    reasoning_effort: ReasoningEffort | None = None,
+) -> list[SampleTargets]:
+    """Teacher log-probs at the trained labels of some documents.
+
+    Where the teacher's system message names another effort than the dataset's, the labels move;
+    the answer's tokens stay the same ones.
+
+    Args:
+        dataset: Tokens and label-aligned spans.
+        teacher: Who scores.
+        indices: Of the documents.
+        reasoning_effort: For the teacher's system message; None leaves the document as it is.
+
+    Raises:
+        TeacherError: If an answer is not a log-prob of what was asked.
+    """
+    render = RenderConfig(**dataset.manifest["config"]["render"])
+    documents = [dataset.conversation(index) for index in indices]
+    asked = [document.tokens[:-1] for document in documents]  # not about the end of the text
+    if reasoning_effort is not None:
+        asked = [with_effort(tokens, reasoning_effort, render=render) for tokens in asked]
+    scores = teacher.score(asked)
+    require_logprobs(asked, scores)
+    targets = []
+    for document, sequence, logprobs in zip(documents, asked, scores, strict=True):
+        shift = len(sequence) - (len(document.tokens) - 1)
+        trained = np.flatnonzero(document.span_ids != Span.IGNORE) + shift
+        targets.append(SampleTargets(document.sample_id, document.span_ids, logprobs[trained]))
+    return targets
+
+
+# Run
+
+
+def score_dataset(
+    dataset: Dataset,
+    teacher: Teacher,
+    config: ScoreConfig,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The manifest of a store that holds the teacher's log-probs of the selected samples.
+
+    Everything but `data`, `split` and `teacher` of `config` is used; those are given as objects.
+
+    Raises:
+        DataError: If the store cannot be written, or belongs to other settings.
+        TeacherError: If the teacher answers nonsense.
+    """
+    pool = candidates(dataset)
+    chosen = select(pool, config.selection)
+    if not chosen:
+        raise DataError(
+            f"no sample of {config.data} is selected", hint="relax selection, or raise its fraction"
+        )
+    lengths = np.array([candidate.num_tokens for candidate in pool])
+    slices = list(_cut(chosen, lengths, config.shard_tokens))
+    total, done = int(lengths[chosen].sum()), 0
+    with TargetWriter(config.output, _header(dataset, teacher, config), overwrite=overwrite) as out:
+        for number, members in enumerate(slices):
+            targets: dict[int, SampleTargets] = {}
+            if number not in out.done:
+                # Similar lengths share a piece, so that the teacher pads little.
+                ordered = sorted(members, key=lambda i: (-lengths[i], i))
+                for piece in _cut(ordered, lengths, _PIECE_TOKENS):
+                    scored = score_samples(
+                        dataset, teacher, piece, reasoning_effort=config.reasoning_effort
+                    )
+                    targets.update(zip(piece, scored, strict=True))
+                    if progress:
+                        progress(done + int(lengths[list(targets)].sum()), total)
+                out.write(number, [targets[index] for index in members])
+            done += int(lengths[members].sum())
+            if progress:
+                progress(done, total)
+        return out.finish(len(slices))
+
+
+def candidates(dataset: Dataset) -> list[Candidate]:
+    """What the selection needs to know of every sample, in the dataset's order."""
+    names = sorted({"sample_id", "num_tokens", "num_reasoning", *get_args(Column)})
+    return [
+        Candidate(
+            sample_id=row.pop("sample_id"),
+            num_tokens=row.pop("num_tokens"),
+            num_reasoning=row.pop("num_reasoning"),
+            metadata=row,
+        )
+        for batch in dataset.samples.select(names).to_batches()
+        for row in batch.to_pylist()
+    ]
+
+
+def content_sha256(dataset: Dataset) -> str:
+    """Hash of a split's shards: names, counts and file hashes, whoever built them and where."""
+    text = json.dumps(dataset.manifest["splits"][dataset.split], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cut(indices: Sequence[int], lengths: np.ndarray, tokens: int) -> Iterator[list[int]]:
+    """`indices` in runs of at most `tokens` tokens; a longer document is a run of its own."""
+    members: list[int] = []
+    held = 0
+    for index in indices:
+        if members and held + lengths[index] > tokens:
+            yield members
+            members, held = [], 0
+        members.append(index)
+        held += int(lengths[index])
+    if members:
+        yield members
+
+
+def _header(dataset: Dataset, teacher: Teacher, config: ScoreConfig) -> dict[str, Any]:
+    render = RenderConfig(**dataset.manifest["config"]["render"])
+    effort = config.reasoning_effort or (render.reasoning_effort if render.system else None)
+    return {
+        "teacher": teacher.identity.as_dict(),
+        "tokenizer_sha256": O200K_SHA256,
+        "dataset_sha256": content_sha256(dataset),
+        "split": dataset.split,
+        "reasoning_effort": effort,
+        "selection": resolved(config.selection),
+        "shard_tokens": config.shard_tokens,
+    }
