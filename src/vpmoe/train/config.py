@@ -1,16 +1,17 @@
 """Settings that every stage of training shares."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from vpmoe.config import Config
-from vpmoe.errors import VpmoeError
+from vpmoe.errors import RunError
 from vpmoe.optim import CosineConfig, NorMuonConfig, OptimizerConfig, ScheduleConfig
 from vpmoe.train.trackers import TrackerConfig
 
 # What may differ between a run and its resumption: none of these changes a number that is learnt.
-FREE_KEYS = ("run", "log_every", "trackers", "checkpoint", "eval", "peak_tflops")
+FREE_KEYS = ("run", "log_every", "trackers", "checkpoint", "valid", "peak_tflops")
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -64,15 +65,6 @@ class CheckpointConfig(Config):
     """How many to leave on disk, the newest ones; 0: all."""
 
 
-class EvalConfig(Config):
-    """Held-out loss while training; always measured after the last step."""
-
-    every_steps: NotNegative = 0
-    """Steps between evaluations; 0: only after the last step."""
-    sequences: NotNegative = 64
-    """Packed sequences of the valid split to read each time; 0 turns evaluation off."""
-
-
 class TrainConfig(Config):
     """What a stage's config begins with."""
 
@@ -95,7 +87,6 @@ class TrainConfig(Config):
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    eval: EvalConfig = EvalConfig()
     log_every: Positive = 1
     """Steps between lines of metrics.jsonl; the last step is always logged."""
     trackers: tuple[TrackerConfig, ...] = ()
@@ -103,6 +94,17 @@ class TrainConfig(Config):
     peak_tflops: float = Field(default=0.0, ge=0)
     """Dense peak of one device in the training dtype, for model FLOPs utilization; 0: not
     logged."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder.
+
+        Raises:
+            RunError: If the config does not say it.
+        """
+        if not self.run:
+            raise RunError("run is not set", hint="say where: run = FOLDER, or --run NAME")
+        return Path(self.run)
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
@@ -115,7 +117,7 @@ def rows_of_rank(config: BatchConfig, *, rank: int, num_ranks: int) -> range:
     """Which sequences of the global batch belong to a rank; sizes differ by one at most."""
     total = config.global_batch_size
     if total < num_ranks:
-        raise VpmoeError(
+        raise RunError(
             f"batch.global_batch_size {total} is smaller than the {num_ranks} processes",
             hint="raise it, or start fewer processes",
         )

@@ -1,7 +1,6 @@
 """The training loop, for every stage."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from vpmoe.models.student import Student
 from vpmoe.train.config import TrainConfig
@@ -36,7 +35,7 @@ def train(
         hooks: Evaluations.
         observers: Readers of the numbers.
     """
-    run_dir = Path(config.run)
+    run_dir = config.run_dir
     run, checkpoint = open_run(run_dir, config, resume=resume, world=world)
     with Record(run, config, world=world, observers=observers) as record:
         replica = Replica(student, config.optimizer, world)
