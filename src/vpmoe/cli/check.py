@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from vpmoe.cli.grammar import Json, split_words
-from vpmoe.cli.render import print_facts, print_json
+from vpmoe.cli.render import print_facts, print_heading, print_json
 from vpmoe.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ def check(
             said.append({"file": str(file), "config": resolved(config), **dict(screen)})
             continue
         if len(configs) > 1:
-            print_facts([("" if index == 0 else "\n", str(file))])
+            print_heading(str(file), first=index == 0)
         print_facts(screen)
     if as_json:
         print_json(said)

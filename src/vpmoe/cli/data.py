@@ -1,15 +1,17 @@
 """`vpmoe data`: build, show and verify datasets."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from vpmoe.cli.grammar import ConfigFile, DryRun, Json, Overrides, Overwrite, Verbs
 from vpmoe.cli.render import console, flat, print_facts, print_json, progress
+from vpmoe.errors import CheckFailedError
 
 app = typer.Typer(cls=Verbs, rich_markup_mode=None, help="Build, show and verify datasets.")
 
+Split = Annotated[Literal["train", "valid"], typer.Option("--split", help="Which part.")]
 DatasetFolder = Annotated[Path, typer.Argument(metavar="DATASET", help="A folder `build` made.")]
 
 
@@ -47,18 +49,20 @@ def build(
 def show(
     dataset: DatasetFolder,
     example: Annotated[int, typer.Option("--example", help="Which conversation, from 0.")] = 0,
-    split: Annotated[str, typer.Option("--split", help="train or valid.")] = "train",
+    split: Split = "train",
 ) -> None:
     """Print one conversation in color: prompt, reasoning, final, masks, token count.
 
     DATASET may name a split too, as in data/synth-kd-v1/valid.
     """
     from vpmoe.data.dataset import Dataset
-    from vpmoe.data.show import show_example
+    from vpmoe.data.show import Example
+    from vpmoe.data.split import SPLITS
 
-    if dataset.name in ("train", "valid"):
-        dataset, split = dataset.parent, dataset.name
-    console().print(show_example(Dataset(dataset, split), example))
+    for name in SPLITS:
+        if dataset.name == name:
+            dataset, split = dataset.parent, name
+    console().print(Example(Dataset(dataset, split), example))
 
 
 @app.command()
@@ -67,10 +71,22 @@ def verify(dataset: DatasetFolder, as_json: Json = False) -> None:
 
     Exits with 3 when anything is wrong.
     """
+    from dataclasses import asdict
+
     from vpmoe.data.verify import verify_dataset
 
-    report = verify_dataset(dataset)
+    with progress("sequences") as tick:
+        report = verify_dataset(dataset, progress=tick)
     if as_json:
-        print_json(report.as_dict())
+        print_json({"ok": report.ok, **asdict(report)})
     else:
-        print_facts([*flat(report.as_dict())])
+        for problem in report.problems:
+            console().print(problem, markup=False)
+    if not report.ok:
+        raise CheckFailedError(
+            f"{dataset}: {len(report.problems)} problems found",
+            hint="rebuild it with: vpmoe data build CONFIG --overwrite",
+        )
+    if not as_json:
+        counts = {"rows": report.rows, "tokens": report.tokens, "files": report.files}
+        print_facts([*flat(counts), ("ok", f"{dataset} is what its manifest says")])

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -78,6 +79,8 @@ def run(arguments: Sequence[str]) -> int:
     """
     debug = "--debug" in arguments
     words = [word for word in arguments if word != "--debug"]
+    # megatron-core says so at every import; we use none of what it would take from there.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     try:
         code = typer.main.get_command(app).main(words, prog_name="vpmoe", standalone_mode=False)
     except Exception as error:

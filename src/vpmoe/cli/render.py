@@ -36,6 +36,13 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
         out.print(Text(f"{label:<{width}}  ", style="bold cyan") + Text(text, style="default"))
 
 
+def print_heading(text: str, *, first: bool) -> None:
+    """Print a line above a block of facts, set apart from the block before it."""
+    from rich.text import Text
+
+    console().print(Text(text if first else f"\n{text}", style="bold"))
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
     """Print a table whose first column is words and whose others are numbers."""
     from rich import box

@@ -2,12 +2,118 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vpmoe.cli.render import short
+from vpmoe.cli.render import gib, short
 from vpmoe.config import Config
 
+if TYPE_CHECKING:
+    from vpmoe.models.config import StudentConfig
+    from vpmoe.models.count import CountReport
+
 Facts = list[tuple[str, str]]
+
+
+def facts(config: Config) -> Facts:
+    """What a config of any kind comes to."""
+    from vpmoe.data.build import DataConfig
+    from vpmoe.models.config import StudentConfig
+    from vpmoe.stages.score import ScoreConfig
+
+    if isinstance(config, DataConfig):
+        return _data_config_facts(config)
+    if isinstance(config, StudentConfig):
+        return [("student", _student_line(config))]
+    if isinstance(config, ScoreConfig):
+        teacher, share = config.teacher, config.selection.fraction
+        return [
+            ("score", f"{100 * share:.0f} % of the {config.split} tokens, to {config.output}"),
+            ("teacher", f"{teacher.kind} {getattr(teacher, 'path', '')}".rstrip()),
+            ("data", dataset_line(config.data)),
+        ]
+    return _stage_facts(config)
+
+
+def _stage_facts(config: Any) -> Facts:
+    batch = config.batch
+    slots = batch.global_batch_size * batch.seq_len
+    # Packing leaves some slots empty, so a token budget may take a few steps more.
+    steps = config.budget.num_steps(slots)
+    facts = [
+        (
+            "stage",
+            f"{config.kind}, {steps:,} steps × {slots:,} tokens = {short(steps * slots)} tokens",
+        ),
+        ("start", config.init or f"fresh weights, seed {config.seed}"),
+    ]
+    if config.student is not None:
+        facts.append(("student", _student_line(config.student)))
+    facts.append(("data", dataset_line(Path(config.data))))
+    if hasattr(config, "loss"):
+        weights = config.span_weights
+        facts.append(
+            (
+                "loss",
+                f"{config.loss.kind}, span weights reasoning {weights.reasoning}, "
+                f"final {weights.final}",
+            )
+        )
+    if config.student is not None:
+        facts.append(("memory", _memory_line(config)))
+    return facts
+
+
+def _memory_line(config: Any) -> str:
+    """Estimate for one process that trains alone; more processes share the optimizer."""
+    from vpmoe.models.count import count
+
+    size = count(config.student, seq_len=config.batch.seq_len)
+    is_half = config.dtype == "bfloat16"
+    weights = size.weight_bytes if is_half else 4 * size.total
+    optimizer = size.optimizer_bytes + (size.master_bytes if is_half else 0)
+    tokens = config.batch.micro_batch_size * config.batch.seq_len
+    activations = size.activation_bytes_per_token * tokens * (1 if is_half else 2)
+    total = weights + size.gradient_bytes + optimizer + activations
+    return (
+        f"{gib(total)} on one {config.device} process (weights {gib(weights)}, gradients "
+        f"{gib(size.gradient_bytes)}, optimizer {gib(optimizer)}, activations {gib(activations)})"
+    )
+
+
+def _data_config_facts(config: Any) -> Facts:
+    limit = f"first {config.limit:,} rows" if config.limit else "all rows"
+    render = config.render
+    system = f"system message with effort {render.reasoning_effort}" if render.system else "none"
+    return [
+        ("data", f"{limit} of {config.input}"),
+        ("output", dataset_line(config.output)),
+        ("sequence", f"at most {config.seq_len:,} tokens, {config.valid_fraction:.2%} held out"),
+        ("preamble", system),
+    ]
+
+
+def dataset_line(path: Path) -> str:
+    """Whether a dataset is there, and what it holds."""
+    from vpmoe.data.dataset import load_manifest
+
+    if not (path / "manifest.json").exists():
+        return f"{path}  not built yet"
+    manifest = load_manifest(path)
+    spans = manifest["span_labels"]["train"]
+    trained = spans["reasoning"] + spans["final"]
+    text = f"{path}  manifest ok, {short(trained)} trained tokens"
+    return f"{text} ({_spans(spans)})" if trained else text
+
+
+def _student_line(config: "StudentConfig") -> str:
+    from vpmoe.models.count import count
+
+    size = count(config)
+    vocabulary = "o200k-harmony" if config.vocab_subset is None else "a subset of o200k-harmony,"
+    return (
+        f"{config.name}: {short(size.total)} parameters, {short(size.active)} active, "
+        f"{vocabulary} {config.num_rows:,}"
+    )
 
 
 def dataset_facts(manifest: Mapping[str, Any]) -> Facts:
@@ -30,3 +136,37 @@ def _spans(labels: Mapping[str, int]) -> str:
     reasoning, final = labels["reasoning"], labels["final"]
     share = 100 * reasoning / (reasoning + final)
     return f"{share:.0f} % reasoning, {100 - share:.0f} % final"
+
+
+def student_of(config: Config) -> "StudentConfig | None":
+    """The student that a config describes, if any: its own, or its stage's."""
+    from vpmoe.models.config import StudentConfig
+
+    found = config if isinstance(config, StudentConfig) else getattr(config, "student", None)
+    return found if isinstance(found, StudentConfig) else None
+
+
+def size_facts(size: "CountReport") -> Facts:
+    """What a student weighs and what a token costs."""
+    training = size.weight_bytes + size.master_bytes + size.gradient_bytes + size.optimizer_bytes
+    extra = ", ".join(f"{name} {number:,}" for name, number in size.additions.items())
+    return [
+        ("active", f"{size.active:,}; without embeddings {size.active_without_embeddings:,}"),
+        ("additions", extra or "none beyond the published budget"),
+        (
+            "flops/token",
+            f"{size.forward_flops_per_token / 1e9:,.3g} G forward, "
+            f"{size.training_flops_per_token / 1e9:,.3g} G training, at length {size.seq_len:,}",
+        ),
+        (
+            "memory",
+            f"{gib(training)} to train before activations (weights {gib(size.weight_bytes)}, "
+            f"masters {gib(size.master_bytes)}, gradients {gib(size.gradient_bytes)}, "
+            f"optimizer {gib(size.optimizer_bytes)})",
+        ),
+        (
+            "per token",
+            f"{size.activation_bytes_per_token / 2**20:.2f} MiB of activations while training",
+        ),
+        ("cache", f"{gib(size.cache_bytes_per_sequence)} per conversation of {size.seq_len:,}"),
+    ]
