@@ -1,8 +1,6 @@
 """Scoring a dataset: the right numbers at the right labels, however often it is interrupted."""
 
-import os
 import random
-import signal
 import time
 
 import numpy as np
@@ -10,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.teachers.tiny import write_teacher
+from tests.teachers.tiny import run_and_kill, write_teacher
 from vpmoe.config import validate
 from vpmoe.data.build import DataConfig, build_dataset
 from vpmoe.data.conversation import Message
@@ -170,15 +168,9 @@ def test_kill_and_resume_gives_the_same_bytes_and_scores_nothing_twice(dataset, 
     score_dataset(dataset, whole, config_for(tmp_path / "whole"))
     config, kills, rng = config_for(tmp_path / "killed"), 0, random.Random(11)
     while not (config.output / "manifest.json").exists():
-        child = os.fork()
-        if child == 0:
-            try:
-                score_dataset(dataset, PrefixTeacher(log, pause=0.02), config)
-            finally:
-                os._exit(0)
-        time.sleep(rng.uniform(0.02, 0.15))
-        os.kill(child, signal.SIGKILL)
-        kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        kills += run_and_kill(
+            lambda: score_dataset(dataset, PrefixTeacher(log, pause=0.02), config), log, rng
+        )
     assert kills >= 2
     assert contents(config.output) == contents(tmp_path / "whole")
     lines = log.read_text().splitlines()

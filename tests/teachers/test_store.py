@@ -1,14 +1,13 @@
 """Target stores: aligned, whole or absent, and indifferent to how often they were interrupted."""
 
 import json
-import os
 import random
-import signal
 import time
 
 import numpy as np
 import pytest
 
+from tests.teachers.tiny import run_and_kill
 from vpmoe.errors import DataError
 from vpmoe.teachers import RecordedTeacherConfig
 from vpmoe.teachers.shards import SampleTargets, shard_files
@@ -115,29 +114,20 @@ def write_slowly(store, parts, log):
 
 def test_a_killed_writer_loses_one_slice_at_most(tmp_path):
     """Real processes, killed with SIGKILL at random moments; the bytes end up the same."""
-    parts = slices(12)
+    parts = slices(20)
     write_all(tmp_path / "whole", parts)
     store, log = tmp_path / "killed", tmp_path / "scored.log"
     rng, kills, finished = random.Random(7), 0, False
     while not finished:
-        child = os.fork()
-        if child == 0:
-            try:
-                write_slowly(store, parts, log)
-            finally:
-                os._exit(0)
-        time.sleep(rng.uniform(0.0, 0.08))
-        os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-        kills += os.WIFSIGNALED(status)
+        kills += run_and_kill(lambda: write_slowly(store, parts, log), log, rng)
         finished = (store / "manifest.json").exists()
         if not finished:
             with pytest.raises(DataError, match="has no manifest"):
                 TargetStore(store)
     assert kills >= 3
     scored = [int(line) for line in log.read_text().split()]
-    assert set(scored) == set(range(12))
-    assert len(scored) - 12 <= kills  # each kill costs the slice under way and no other
+    assert set(scored) == set(range(20))
+    assert len(scored) - 20 <= kills  # each kill costs the slice under way and no other
     killed, whole = contents(store), contents(tmp_path / "whole")
     assert killed == whole
 

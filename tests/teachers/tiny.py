@@ -1,6 +1,11 @@
 """Small random GPT-OSS checkpoints, written to disk as transformers does."""
 
 import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +59,26 @@ def write_teacher(folder: Path, ids: list[int] | None = SUBSET, *, seed: int = 0
 def random_sequences(lengths, *, seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [rng.choice(SUBSET, size=n).astype(np.int32) for n in lengths]
+
+
+def run_and_kill(work: Callable[[], object], log: Path, rng: random.Random) -> bool:
+    """Run `work` in a process of its own and kill it a random while after its log has grown.
+
+    Returns:
+        Whether the process was still at work when SIGKILL came.
+    """
+    size = log.stat().st_size if log.exists() else 0
+    lines = rng.randint(0, 3)
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    while lines and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if log.exists() and log.read_bytes()[size:].count(b"\n") >= lines:
+            break
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.03))
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
