@@ -20,15 +20,15 @@ class ConfidenceWeightedConfig(Config):
     """Cross-entropy, louder where the teacher finds the label likelier than usual."""
 
     kind: Literal["confidence_weighted"] = "confidence_weighted"
-    weight_temperature: float = Field(1.0, gt=0)
+    weight_temperature: float = Field(default=1.0, gt=0)
     """Divides the teacher's log-probability before it becomes a weight; large = plain CE."""
-    min_weight: float = Field(0.25, gt=0)
+    min_weight: float = Field(default=0.25, gt=0)
     """Smallest weight of a token."""
-    max_weight: float = Field(4.0, gt=0)
+    max_weight: float = Field(default=4.0, gt=0)
     """Largest weight of a token."""
-    center_decay: float = Field(0.99, ge=0, lt=1)
+    center_decay: float = Field(default=0.99, ge=0, lt=1)
     """Share of the running mean of the teacher's log-probability that each step keeps."""
-    chunk_rows: int = Field(CHUNK_ROWS, gt=0)
+    chunk_rows: int = Field(default=CHUNK_ROWS, gt=0)
     """Rows whose logits are held together; any value gives the same result."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher_logprobs"})

@@ -16,7 +16,7 @@ class CrossEntropyConfig(Config):
     """Negative log-likelihood of the labels."""
 
     kind: Literal["cross_entropy"] = "cross_entropy"
-    chunk_rows: int = Field(CHUNK_ROWS, gt=0)
+    chunk_rows: int = Field(default=CHUNK_ROWS, gt=0)
     """Rows whose logits are held together; any value gives the same result."""
 
     needs: ClassVar[frozenset[str]] = frozenset()

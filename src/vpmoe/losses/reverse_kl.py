@@ -20,11 +20,11 @@ class SampledReverseKLConfig(Config):
     kind: Literal["sampled_reverse_kl"] = "sampled_reverse_kl"
     importance: Importance = "none"
     """Correction for tokens sampled by an older student: none, its ratio, or the ratio capped."""
-    importance_cap: float = Field(2.0, ge=1)
+    importance_cap: float = Field(default=2.0, ge=1)
     """Largest ratio under `truncated`."""
-    advantage_clip: float | None = Field(None, gt=0)
+    advantage_clip: float | None = Field(default=None, gt=0)
     """Largest size of an advantage in nats; absent = no clipping."""
-    chunk_rows: int = Field(CHUNK_ROWS, gt=0)
+    chunk_rows: int = Field(default=CHUNK_ROWS, gt=0)
     """Rows whose logits are held together; any value gives the same result."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher_logprobs", "rollout_logprobs"})

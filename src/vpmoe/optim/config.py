@@ -15,19 +15,19 @@ class AdamKeys(Config):
 
     adam_betas: Betas = (0.9, 0.95)
     """Decay of AdamW's first and second moment."""
-    adam_eps: float = Field(1e-8, gt=0)
+    adam_eps: float = Field(default=1e-8, gt=0)
     """Added to the root of AdamW's second moment."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled decay of matrices, times their learning rate; no other role decays."""
-    embed_lr_mult: float = Field(1.0, ge=0)
+    embed_lr_mult: float = Field(default=1.0, ge=0)
     """Learning rate of the input embedding, relative to AdamW's."""
-    head_lr_mult: float = Field(1.0, ge=0)
+    head_lr_mult: float = Field(default=1.0, ge=0)
     """Learning rate of the output embedding, relative to AdamW's."""
-    router_lr_mult: float = Field(1.0, ge=0)
+    router_lr_mult: float = Field(default=1.0, ge=0)
     """Learning rate of router matrices, relative to AdamW's."""
-    vector_lr_mult: float = Field(1.0, ge=0)
+    vector_lr_mult: float = Field(default=1.0, ge=0)
     """Learning rate of norms, biases, sinks and frequencies, relative to AdamW's."""
-    value_lambda_lr_mult: float = Field(5.0, ge=0)
+    value_lambda_lr_mult: float = Field(default=5.0, ge=0)
     """Learning rate of value-residual mixing scalars, relative to AdamW's."""
 
     def decay_of(self, role: Role) -> float:
@@ -39,15 +39,15 @@ class NorMuonConfig(AdamKeys):
     """NorMuon for matrices, AdamW for everything else."""
 
     kind: Literal["normuon"] = "normuon"
-    lr: float = Field(0.02, gt=0)
+    lr: float = Field(default=0.02, gt=0)
     """Learning rate of matrices."""
-    adam_lr: float = Field(2e-3, gt=0)
+    adam_lr: float = Field(default=2e-3, gt=0)
     """Learning rate of AdamW, before the multipliers."""
-    momentum: float = Field(0.95, ge=0, lt=1)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     """Decay of the running mean of gradients; the update looks ahead along it (Nesterov)."""
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
     """Decay of the running mean square of each row of the orthogonalised update."""
-    polar_steps: int = Field(5, ge=5, le=8)
+    polar_steps: int = Field(default=5, ge=5, le=8)
     """Polar Express iterations."""
     polar_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the iterations; auto = bfloat16 on a GPU, the weights' on a CPU."""
@@ -67,7 +67,7 @@ class AdamWConfig(AdamKeys):
     """AdamW for every parameter: the baseline."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Learning rate of matrices, and of the rest before the multipliers."""
 
     def lr_of(self, role: Role) -> float:

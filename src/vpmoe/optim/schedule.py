@@ -9,7 +9,7 @@ from vpmoe.config import Config
 
 
 class _Schedule(Config):
-    warmup: float = Field(0.01, ge=0)
+    warmup: float = Field(default=0.01, ge=0)
     """Length of the linear warm-up: a share of all steps below 1, a number of steps from 1 on."""
 
     def factor(self, step: int, *, num_steps: int) -> float:
@@ -36,7 +36,7 @@ class CosineConfig(_Schedule):
     """Warm-up, then half a cosine from 1 to `final`."""
 
     kind: Literal["cosine"] = "cosine"
-    final: float = Field(0.1, ge=0, le=1)
+    final: float = Field(default=0.1, ge=0, le=1)
     """Factor that the end of training approaches."""
 
     def _after_warmup(self, step: int, *, warmup_steps: int, num_steps: int) -> float:
@@ -49,9 +49,9 @@ class WsdConfig(_Schedule):
     """Warm-up, a stable stretch at 1, then a straight decay to `final`."""
 
     kind: Literal["wsd"] = "wsd"
-    decay: float = Field(0.2, ge=0)
+    decay: float = Field(default=0.2, ge=0)
     """Length of the decay: a share of all steps below 1, a number of steps from 1 on."""
-    final: float = Field(0.0, ge=0, le=1)
+    final: float = Field(default=0.0, ge=0, le=1)
     """Factor that the end of training approaches."""
 
     def _after_warmup(self, step: int, *, warmup_steps: int, num_steps: int) -> float:

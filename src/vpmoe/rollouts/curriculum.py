@@ -17,10 +17,10 @@ class PhaseConfig(Config):
 
     until: float = Field(gt=0, le=1)
     """Fraction of the stage's tokens at which the phase ends."""
-    low: float = Field(0.0, ge=0, le=1)
-    medium: float = Field(0.0, ge=0, le=1)
-    high: float = Field(0.0, ge=0, le=1)
-    rollouts_per_prompt: int = Field(1, ge=1)
+    low: float = Field(default=0.0, ge=0, le=1)
+    medium: float = Field(default=0.0, ge=0, le=1)
+    high: float = Field(default=0.0, ge=0, le=1)
+    rollouts_per_prompt: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> Self:

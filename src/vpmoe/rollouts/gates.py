@@ -14,17 +14,17 @@ from vpmoe.data.completion import parse_completion
 class GatesConfig(Config):
     """Limits on one round of rollouts; a round beyond any of them pauses the run."""
 
-    max_cut_share: float = Field(0.9, ge=0, le=1)
+    max_cut_share: float = Field(default=0.9, ge=0, le=1)
     """Share of completions that hit the length cap instead of stopping."""
-    max_invalid_share: float = Field(0.95, ge=0, le=1)
+    max_invalid_share: float = Field(default=0.95, ge=0, le=1)
     """Share of completions that do not parse as Harmony."""
-    max_repetition_share: float = Field(0.5, ge=0, le=1)
+    max_repetition_share: float = Field(default=0.5, ge=0, le=1)
     """Share of completions that repeat themselves."""
-    max_length_growth: float = Field(4.0, gt=1)
+    max_length_growth: float = Field(default=4.0, gt=1)
     """Mean completion length over that of the stage's first round."""
-    min_sample_share: float = Field(0.1, ge=0, le=1)
+    min_sample_share: float = Field(default=0.1, ge=0, le=1)
     """Effective sample size of the importance ratios, as a share of the tokens."""
-    max_reverse_kl_nats: float = Field(20.0, gt=0)
+    max_reverse_kl_nats: float = Field(default=20.0, gt=0)
     """Mean log-prob gap to the teacher per token."""
 
 

@@ -17,7 +17,7 @@ from vpmoe.batch import PADDING_DOCUMENT
 from vpmoe.errors import UsageError
 from vpmoe.models.cache import KeyValueCache
 from vpmoe.models.student import Student
-from vpmoe.vocabulary import END_OF_TEXT, STOP_TOKENS
+from vpmoe.vocabulary import STOP_TOKENS
 
 COMPACT_BELOW = 0.85  # share of unfinished conversations under which the finished ones leave
 
@@ -254,7 +254,7 @@ class _Wave:
     def _read_prompts(self) -> Float[Tensor, "batch dim"]:
         """Last state of each prompt."""
         shape = (len(self.prompts), int(self.lengths.max()))
-        tokens = np.full(shape, END_OF_TEXT, dtype=np.int64)
+        tokens = np.full(shape, self.prompts[0][0])  # padding is masked; any known id does
         for row, prompt in zip(tokens, self.prompts, strict=True):
             row[: len(prompt)] = prompt
         place = np.arange(shape[1])
