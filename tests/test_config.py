@@ -22,6 +22,10 @@ class Inner(Config):
     ids: tuple[int, ...] = ()
 
 
+class Defaulted(Config):
+    loss: Annotated[Plain | Anchored, Field(discriminator="kind")] = Anchored()
+
+
 class Recipe(Config):
     loss: Annotated[Plain | Anchored, Field(discriminator="kind")]
     inner: Inner = Inner(width=4)
@@ -77,6 +81,14 @@ def test_another_kind_replaces_the_whole_table():
     old = {"loss": {"kind": "plain", "weight": 2.0}}
     assert merge(old, {"loss": {"kind": "anchored"}}) == {"loss": {"kind": "anchored"}}
     assert merge(old, {"loss": {"weight": 3.0}}) == {"loss": {"kind": "plain", "weight": 3.0}}
+
+
+def test_a_table_without_kind_is_of_the_default_kind(tmp_path):
+    path = _write(tmp_path, "r.toml", "")
+    assert load(path, Defaulted, ["loss.anchor=0.3"]).loss == Anchored(anchor=0.3)
+    assert load(path, Defaulted, ["loss.kind=plain"]).loss == Plain()
+    with pytest.raises(ConfigError, match=r"loss\.weight is not a setting of anchored"):
+        load(path, Defaulted, ["loss.weight=2"])
 
 
 def test_override_values_are_toml_else_text():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from vpmoe.errors import ConfigError, UsageError
 from vpmoe.explain import explain
@@ -23,6 +23,19 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_default_kinds(cls, tree: Any) -> Any:
+        """A table without `kind` is of its field's default kind: `optimizer.lr=1` needs no more."""
+        if not isinstance(tree, dict):
+            return tree
+        filled = dict(tree)
+        for name, field in cls.model_fields.items():
+            table, kind = tree.get(name), getattr(field.default, "kind", None)
+            if isinstance(table, dict) and kind is not None:
+                filled[name] = {"kind": kind, **table}
+        return filled
 
 
 C = TypeVar("C", bound=Config)

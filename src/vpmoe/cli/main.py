@@ -79,8 +79,9 @@ def run(arguments: Sequence[str]) -> int:
     """
     debug = "--debug" in arguments
     words = [word for word in arguments if word != "--debug"]
-    # megatron-core says so at every import; we use none of what it would take from there.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    # megatron-core speaks of parts that we do not use, at every start.
+    for said in ("Transformer Engine and Apex are not installed", "full scope is deprecated"):
+        warnings.filterwarnings("ignore", message=said)
     try:
         code = typer.main.get_command(app).main(words, prog_name="vpmoe", standalone_mode=False)
     except Exception as error:
