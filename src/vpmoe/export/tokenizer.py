@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 
 from tokenizers import Tokenizer
@@ -45,7 +46,7 @@ def build_tokenizer(render: RenderConfig) -> PreTrainedTokenizerFast:
     """
     names = special_tokens()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_convert(list(names.values())),
+        tokenizer_object=_converted(),
         bos_token=names[START_OF_TEXT],
         eos_token=names[RETURN],
         pad_token=names[END_OF_TEXT],
@@ -56,9 +57,12 @@ def build_tokenizer(render: RenderConfig) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _convert(specials: list[str]) -> Tokenizer:
+@cache
+def _converted() -> Tokenizer:
     converter = _InMemoryConverter(
-        vocab_file="o200k", pattern=O200K_PATTERN, extra_special_tokens=specials
+        vocab_file="o200k",
+        pattern=O200K_PATTERN,
+        extra_special_tokens=list(special_tokens().values()),
     )
     return converter.converted()
 
