@@ -16,6 +16,9 @@ WORDS = (
 )
 
 
+DEFAULTS = {"seq_len": 512, "valid_fraction": 0.2, "oracle_rows": 4}
+
+
 def conversation(query, reasoning, answer, sample_id="a", **metadata):
     return Conversation(
         sample_id,
@@ -55,8 +58,7 @@ def write_parquet(path, content, **options):
 
 def build(folder, input_path, **settings):
     """Build a dataset in `folder` from `input_path`; returns its path."""
-    defaults = {"seq_len": 512, "valid_fraction": 0.2, "oracle_rows": 4}
-    build_dataset(DataConfig(input=str(input_path), output=folder, **{**defaults, **settings}))
+    build_dataset(DataConfig(input=str(input_path), output=folder, **{**DEFAULTS, **settings}))
     return folder
 
 

@@ -101,6 +101,7 @@ class Dataset:
 
     def sample_id(self, index: int) -> str:
         """The id of one conversation."""
+        self._locate(index)  # a negative index would silently count from the end
         return self._ids[index].as_py()
 
     @cached_property
