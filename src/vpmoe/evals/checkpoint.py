@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from vpmoe.data.dataset import trained_render
 from vpmoe.evals.suite import EvalConfig, EvalReport, eval_path, evaluate, write_eval
 from vpmoe.storage.manifest import MANIFEST_NAME
 from vpmoe.train.state import load_student
@@ -17,6 +18,9 @@ def evaluate_checkpoint(checkpoint: Path, config: EvalConfig) -> tuple[EvalRepor
     """
     checkpoint = Path(checkpoint)
     student, manifest = load_student(checkpoint, device=config.device)
+    if config.render is None and not config.data:
+        render = trained_render(manifest["inputs"])
+        config = config.model_copy(update={"render": render})
     run_dir = checkpoint.parent if (checkpoint / MANIFEST_NAME).is_file() else checkpoint
     model = {
         "name": student.config.name,

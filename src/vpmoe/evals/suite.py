@@ -82,8 +82,9 @@ class EvalConfig(Config):
     """Whose log-probs the student's samples are compared with; absent for no comparison."""
     teacher_prompts: int = Field(default=64, gt=0)
     """Prompts sampled at temperature 1 for that comparison."""
-    render: RenderConfig = RenderConfig()
-    """What stands before the problems' questions; must be what the student was trained on."""
+    render: RenderConfig | None = None
+    """What stands before the problems' questions; absent for what the dataset, or the data that a
+    checkpoint was trained on, was rendered with."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the student runs."""
 
@@ -236,12 +237,20 @@ def _measure_loss(
 
 def _prompts(config: EvalConfig, inputs: EvalInputs) -> list[Prompt]:
     if inputs.problems:
-        renderer = Renderer(config.render)
         effort = config.sampling.reasoning_effort
-        return problem_prompts(inputs.problems, renderer, effort=effort)
+        return problem_prompts(inputs.problems, Renderer(_render(config, inputs)), effort=effort)
     if inputs.dataset and config.prompts:
         return dataset_prompts(inputs.dataset, limit=config.prompts)
     return []
+
+
+def _render(config: EvalConfig, inputs: EvalInputs) -> RenderConfig:
+    if config.render:
+        return config.render
+    if inputs.dataset:
+        return inputs.dataset.render
+    hint = "set data = FOLDER, or add the [render] table of the training data"
+    raise ConfigError([("problems are asked for, but not how to render them", hint)])
 
 
 def _judge(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> dict[str, Any]:
