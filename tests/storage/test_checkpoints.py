@@ -19,7 +19,7 @@ from vpmoe.storage.sharded import sharded
 
 @pytest.fixture
 def one_rank():
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -62,7 +62,7 @@ def test_model_is_read_without_a_process_group(tmp_path, one_rank):
         assert torch.equal(blank["weight"], tensors()["weight"])
         assert read_shapes(path, "model.")["model.weight"] == ((2, 3), torch.float32)
     finally:
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def test_another_model_is_refused(tmp_path, one_rank):

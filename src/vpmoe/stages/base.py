@@ -67,9 +67,13 @@ def open_student(config: StageConfig, device: torch.device) -> tuple[Student, di
     if not config.init:
         if config.student is None:
             raise RunError("there is nothing to train", hint="give a [student] table or init")
-        student = build_student(config.student, seed=config.seed, device=device, dtype=dtype)
+        student = build_student(
+            config.student, seed=config.seed, device=device, dtype=dtype, kernels=config.kernels
+        )
         return student, {"init": None}
-    student, manifest = load_student(Path(config.init), device=device, dtype=dtype)
+    student, manifest = load_student(
+        Path(config.init), device=device, dtype=dtype, kernels=config.kernels
+    )
     if config.student is not None and config.student != student.config:
         changed = difference(resolved(student.config), resolved(config.student))
         lines = "\n".join(f"  {line}" for line in changed)

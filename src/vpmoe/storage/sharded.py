@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -65,7 +65,7 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
     filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment] # not a manager's
     strategy = _InlineSave("torch_dist", 1, thread_count=1)
     try:
-        with megatron_device(_device()):
+        with megatron_device(_device_of(state)):
             dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
     except (OSError, CheckpointException) as error:
         raise CheckpointError(
@@ -80,7 +80,7 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         CheckpointError: If a tensor is missing or has another shape.
     """
     try:
-        with megatron_device(_device()):
+        with megatron_device(_device_of(state)):
             return dist_checkpointing.load(state, str(folder))  # type: ignore[return-value]
     except (CheckpointingException, CheckpointException, OSError) as error:
         first = " ".join(str(error).split())[:300]
@@ -94,6 +94,7 @@ def sharded(key: str, tensor: Tensor, *, replica: int = 0) -> ShardedTensor:
     return ShardedTensor.from_rank_offsets(key, tensor.detach(), replica_id=replica)
 
 
-def _device() -> torch.device:
-    backend = dist.get_backend()
-    return torch.device("cuda" if "nccl" in backend else "cpu")
+def _device_of(state: dict[str, Any]) -> torch.device:
+    """Where the tensors of `state` are; they are all in one place."""
+    held = [tensor.data for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)]
+    return held[0].device if held and held[0] is not None else torch.device("cpu")

@@ -79,6 +79,10 @@ class TrainConfig(Config):
     threads: NotNegative = 0
     """CPU threads of torch; 0 leaves torch's choice. Results on a CPU depend on it in the last
     bits."""
+    activation_checkpointing: bool = False
+    """Recompute layers in the backward pass instead of keeping their states: slower, smaller."""
+    kernels: str = "reference"
+    """Implementation of the student's hot paths."""
     batch: BatchConfig
     budget: BudgetConfig
     optimizer: OptimizerConfig = NorMuonConfig()  # pyright: ignore[reportCallIssue]

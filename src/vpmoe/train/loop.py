@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from vpmoe.models.count import count
 from vpmoe.models.student import Student
 from vpmoe.train.config import TrainConfig
 from vpmoe.train.device import World
@@ -36,8 +37,11 @@ def train(
         observers: Readers of the numbers.
     """
     run_dir = config.run_dir
+    readers = [*observers, *(tracker.build() for tracker in config.trackers)]
+    student.activation_checkpointing = config.activation_checkpointing
     run, checkpoint = open_run(run_dir, config, resume=resume, world=world)
-    with Record(run, config, world=world, observers=observers) as record:
+    flops = flops_per_token(student, config)
+    with Record(run, config, world=world, observers=readers, flops_per_token=flops) as record:
         replica = Replica(student, config.optimizer, world)
         position = restore(checkpoint, replica, plan) if checkpoint else Position()
         record.start(position, plan.num_steps)
@@ -63,3 +67,10 @@ def train(
                     save(run_dir, replica, plan, position, config=config)
                 record.saved(watch)
     return position
+
+
+def flops_per_token(student: Student, config: TrainConfig) -> float:
+    """Forward and backward of one token, where utilization is to be logged; else 0."""
+    if not config.peak_tflops:
+        return 0.0
+    return float(count(student.config, seq_len=config.batch.seq_len).training_flops_per_token)

@@ -20,8 +20,8 @@ class Record:
         run: The run's folder, closed at the end; None on ranks other than 0.
         config: The run's settings.
         world: The ranks that train together.
-        observers: Readers of the lines, beside the trackers that the config names.
-        flops_per_token: Forward and backward of one token; 0 where unknown.
+        observers: Readers of the lines.
+        flops_per_token: Forward and backward of one token; 0 where it is not asked for.
     """
 
     def __init__(
@@ -45,7 +45,6 @@ class Record:
     def __enter__(self) -> Self:
         if self._run:
             self._stack.callback(self._run.close)
-            self._observers += [tracker.build() for tracker in self._config.trackers]
         return self
 
     def __exit__(

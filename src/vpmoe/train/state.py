@@ -20,7 +20,7 @@ from vpmoe.storage.checkpoints import (
     save_checkpoint,
 )
 from vpmoe.storage.manifest import MANIFEST_NAME, provenance
-from vpmoe.storage.runs import RunDir, read_config
+from vpmoe.storage.runs import RunDir, read_config, read_metrics
 from vpmoe.storage.sharded import sharded
 from vpmoe.train.config import FREE_KEYS, TrainConfig
 from vpmoe.train.device import World
@@ -60,11 +60,11 @@ def _open_first(path: Path, config: TrainConfig, *, resume: bool) -> RunDir:
     run = RunDir(path)
     try:
         new, old = resolved(config), read_config(path)
-        if old is not None and not resume:
+        if not resume and (latest_checkpoint(path) or any(True for _ in read_metrics(path))):
             raise RunError(
                 f"{path} already holds a run", hint="go on with --resume, or choose another --run"
             )
-        if old is not None:
+        if resume and old is not None:
             _refuse_drift(path, old, new)
         remove_unfinished(path)
         run.write_config(new)
@@ -172,7 +172,11 @@ def _set_random_state(states: list[dict[str, Any]], world: World) -> None:
 
 
 def load_student(
-    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    kernels: str = "reference",
 ) -> tuple[Student, dict[str, Any]]:
     """The student in a checkpoint, and the checkpoint's manifest; no process group is needed.
 
@@ -180,6 +184,7 @@ def load_student(
         path: A checkpoint, or a run's folder for its newest one.
         device: Where to put the student.
         dtype: Of its weights; as trained unless given.
+        kernels: Implementation of the student's hot paths.
 
     Raises:
         CheckpointError: If there is no complete checkpoint at `path`, or it is damaged.
@@ -189,6 +194,6 @@ def load_student(
     manifest = read_checkpoint_manifest(path)
     config = validate(StudentConfig, manifest["student"], source=f"{path}/{MANIFEST_NAME}")
     trained: torch.dtype = getattr(torch, manifest["dtype"])
-    student = build_student(config, seed=0, device=device, dtype=dtype or trained)
+    student = build_student(config, seed=0, device=device, dtype=dtype or trained, kernels=kernels)
     load_model_tensors(path, student.state_dict())
     return student, manifest
