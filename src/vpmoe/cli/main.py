@@ -23,6 +23,12 @@ A config file comes first, overrides after it, spelled as in the file:
   vpmoe train configs/stages/1-warm-start.toml optimizer.lr=2e-3
 """
 
+# megatron-core and torch speak, at every start, of parts that we do not use.
+NOISE = (
+    "Transformer Engine and Apex are not installed",
+    "full scope is deprecated",
+    "torch.distributed is disabled",
+)
 ORDER = ["check", "count", "data", "score", "train", "eval", "export", "chat", "report", "demo"]
 
 
@@ -79,8 +85,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     debug = "--debug" in arguments
     words = [word for word in arguments if word != "--debug"]
-    # megatron-core speaks of parts that we do not use, at every start.
-    for said in ("Transformer Engine and Apex are not installed", "full scope is deprecated"):
+    for said in NOISE:
         warnings.filterwarnings("ignore", message=said)
     try:
         code = typer.main.get_command(app).main(words, prog_name="vpmoe", standalone_mode=False)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # (done, total); total 0 = unknown
 
+WIDE = 160  # columns of a table that goes to a file or a pipe
 _POWERS = ("", " k", " M", " B", " T")
 
 
@@ -53,7 +54,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console().print(table)
+    out = console()
+    out.print(table, width=out.width if out.is_terminal else WIDE)
 
 
 @contextmanager

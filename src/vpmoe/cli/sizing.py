@@ -58,6 +58,10 @@ def _stage_facts(config: Any) -> Facts:
                 f"final {weights.final}",
             )
         )
+    if hasattr(config, "teacher"):
+        facts.append(("teacher", f"{config.teacher.kind} {config.teacher.path}"))
+    if hasattr(config, "targets"):
+        facts.append(("targets", str(config.targets.path)))
     if config.student is not None:
         facts.append(("memory", _memory_line(config)))
     return facts
