@@ -61,7 +61,7 @@ def test_every_held_out_token_is_routed_to_its_experts(student, config, data_dir
 def test_counting_leaves_no_hook_behind(student):
     with counting_experts(student):
         pass
-    assert not any(layer.mlp._forward_hooks for layer in student.layers)
+    assert not any(layer._forward_hooks for layer in student.layers)
 
 
 def test_dataset_prompts_equal_the_renderers(data_dir):

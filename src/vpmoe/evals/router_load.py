@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vpmoe.models.moe import Moe
 from vpmoe.models.student import Student
 
 
@@ -30,14 +29,13 @@ def counting_experts(student: Student) -> Iterator[RouterLoad]:
 
     Passes with a key-value cache are not counted: layers keep no statistics of them.
     """
-    found: list[tuple[int, Moe]] = []
-    for number, layer in enumerate(student.layers, start=1):
-        mlp: object = layer.mlp
-        if isinstance(mlp, Moe):
-            found.append((number, mlp))
-    load = RouterLoad(layers=[number for number, _ in found], expert_counts=[])
+    numbers = [n for n in range(1, student.config.num_layers + 1) if student.config.is_moe(n)]
+    load = RouterLoad(layers=numbers, expert_counts=[])
     sums: dict[int, Tensor] = {}
-    hooks = [moe.register_forward_hook(_counter(sums, number)) for number, moe in found]
+    hooks = [
+        student.layers[number - 1].register_forward_hook(_counter(sums, number))
+        for number in numbers
+    ]
     try:
         yield load
     finally:
@@ -51,7 +49,7 @@ def counting_experts(student: Student) -> Iterator[RouterLoad]:
 def _counter(sums: dict[int, Tensor], number: int) -> Callable[[nn.Module, Any, Any], None]:
     def count(module: nn.Module, inputs: Any, output: Any) -> None:
         del module, inputs
-        statistics = output[1]
+        statistics = output[-1]  # of a layer's result
         if statistics is not None:
             now = statistics.tokens_per_expert.double()
             sums[number] = sums[number] + now if number in sums else now
