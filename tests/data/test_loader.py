@@ -1,5 +1,7 @@
 """Rows are whole documents, labels never cross them, and one integer is all the state."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -184,11 +186,21 @@ def test_opening_refuses_what_is_not_there(tmp_path, small_parquet, small_datase
 
 
 def test_opening_refuses_arrays_that_do_not_fit(tmp_path, small_dataset):
-    import shutil
-
     folder = shutil.copytree(small_dataset, tmp_path / "d")
     for suffix in (".bin", ".idx"):
         source = folder / "train" / f"shard_01_span{suffix}"
         shutil.copy(source, folder / "train" / f"shard_00_span{suffix}")
     with pytest.raises(DataError, match="the manifest says"):
         Dataset(folder)
+
+
+def test_a_loss_mask_that_contradicts_the_spans_is_refused(tmp_path, small_dataset):
+    folder = shutil.copytree(small_dataset, tmp_path / "d")
+    path = folder / "train" / "shard_00_lossmask.bin"
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+    dataset = Dataset(folder)
+    with pytest.raises(DataError, match="lossmask of sequence 0 does not fit"):
+        dataset.conversation(0)
+    dataset.conversation(1)

@@ -14,6 +14,7 @@ from vpmoe.data.harmony import RenderConfig
 from vpmoe.data.layout import ARRAYS, SAMPLES_SCHEMA, SCHEMA_VERSION, array_prefix, samples_path
 from vpmoe.data.split import SPLITS, Split
 from vpmoe.errors import DataError
+from vpmoe.spans import Span
 from vpmoe.storage.indexed import IndexedReader
 from vpmoe.storage.manifest import MANIFEST_NAME, file_sha256, read_manifest
 from vpmoe.vocabulary import O200K_SHA256
@@ -63,11 +64,14 @@ class Dataset:
         self._names: list[str] = [shard["name"] for shard in shards]
         self._tokens = [self._open("tokens", shard) for shard in shards]
         self._spans = [self._open("span", shard) for shard in shards]
-        for name, tokens, spans in zip(self._names, self._tokens, self._spans, strict=True):
-            if not np.array_equal(tokens.lengths, spans.lengths):
+        self._masks = [self._open("lossmask", shard) for shard in shards]
+        for name, tokens, *others in zip(
+            self._names, self._tokens, self._spans, self._masks, strict=True
+        ):
+            if not all(np.array_equal(tokens.lengths, other.lengths) for other in others):
                 raise DataError(
-                    f"{self.path}/{split}/{name}: {tokens.flat.size:,} tokens but "
-                    f"{spans.flat.size:,} span ids, or other sequence boundaries",
+                    f"{self.path}/{split}/{name}: tokens, span and lossmask have other sequence "
+                    "boundaries",
                     hint=_REBUILD,
                 )
         self.lengths = np.concatenate([r.lengths for r in self._tokens]).astype(np.int64)
@@ -132,13 +136,29 @@ class Dataset:
         return self._tokens[shard][place]
 
     def span_ids(self, index: int) -> np.ndarray:
-        """`Span` of each label of one conversation."""
+        """`Span` of each label of one conversation.
+
+        Raises:
+            DataError: If the stored loss mask is not set exactly where a span is.
+        """
         shard, place = self._locate(index)
-        return self._spans[shard][place]
+        spans = self.unchecked_span_ids(index)
+        if not np.array_equal(self._masks[shard][place], spans != Span.IGNORE):
+            raise DataError(
+                f"{self.path}/{self.split}/{self._names[shard]}: the lossmask of sequence {place} "
+                "does not fit its span ids",
+                hint="the shard is damaged; " + _REBUILD,
+            )
+        return spans
 
     def conversation(self, index: int) -> Document:
         """Everything stored of one conversation."""
         return Document(self.sample_id(index), self.tokens(index), self.span_ids(index))
+
+    def unchecked_span_ids(self, index: int) -> np.ndarray:
+        """`Span` of each label as stored: verification reports what `span_ids` raises."""
+        shard, place = self._locate(index)
+        return self._spans[shard][place]
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

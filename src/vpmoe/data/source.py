@@ -101,7 +101,7 @@ def _remote_paths(pattern: str) -> list[str]:
         )
     except ImportError as error:
         raise DataError(f"cannot read {pattern}: {error}", hint="pip install fsspec") from error
-    except (OSError, ValueError) as error:
+    except (*_transport_errors(pattern), ValueError) as error:
         raise _unreadable(pattern, error) from error
     return sorted(f"{protocol}{_REMOTE}{name}" for name in found)
 
@@ -121,6 +121,18 @@ def open_input(path: str) -> Iterator[IO[bytes]]:
     except OSError as error:
         # Arrow reports damaged pages as OSError without an error number.
         raise (_unreadable(path, error) if error.errno else _broken(path, error)) from error
+    except _transport_errors(path) as error:
+        raise _unreadable(path, error) from error
+
+
+def _transport_errors(path: str) -> tuple[type[Exception], ...]:
+    """What the client behind a path or URL raises when files or the network fail it."""
+    if not path.startswith("hf://"):
+        return (OSError,)
+    from huggingface_hub.errors import HfHubHTTPError  # heavy, and only remote inputs need it
+
+    # The hub's HTTP library changes between versions; its base error is a base of the hub's own.
+    return (HfHubHTTPError, *HfHubHTTPError.__bases__)
 
 
 def _inspect(path: str) -> InputFile:
@@ -230,7 +242,8 @@ def _groups(metadata: pq.FileMetaData, low: int, high: int) -> tuple[list[int], 
 
 def _unreadable(path: str, error: Exception) -> DataError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return DataError(f"cannot read {path}: {reason}", hint="check the path and its permissions")
+    hint = "check the network" if _REMOTE in path else "check the path and its permissions"
+    return DataError(f"cannot read {path}: {' '.join(str(reason).split())[:160]}", hint=hint)
 
 
 def _broken(path: str, error: Exception) -> DataError:

@@ -136,7 +136,7 @@ def _check_block(
     """Grammar, spans and lengths of some sequences; their numbers go into the tally."""
     lengths = dataset.lengths[block.start : block.stop]
     flat = np.concatenate([dataset.tokens(i) for i in block])
-    spans = np.concatenate([dataset.span_ids(i) for i in block])
+    spans = np.concatenate([dataset.unchecked_span_ids(i) for i in block])
 
     def report_at(places: np.ndarray, what: str) -> None:
         where = f"{dataset.split} example {block[int(places[0])]}"
