@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -25,6 +26,24 @@ class ExpertWeights:
     gate_bias: Float[Tensor, "experts width"] | None
 
 
+# BLAS multiplies fewer rows than this in another order of additions; filled up to it, a token's bits
+# do not depend on how many others chose its expert.
+MIN_ROWS = 4
+
+
+def _times(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Write rows @ matrix + bias into `out`."""
+    count = rows.shape[0]
+    if count < MIN_ROWS:
+        filled = F.pad(rows, (0, 0, 0, MIN_ROWS - count))
+        product = filled @ matrix if bias is None else torch.addmm(bias, filled, matrix)
+        out.copy_(product[:count])
+    elif bias is None:
+        torch.mm(rows, matrix, out=out)
+    else:
+        torch.addmm(bias, rows, matrix, out=out)
+
+
 class _GroupedLinear(torch.autograd.Function):
     """Rows sorted by expert, each times its own expert's matrix: one product per used expert."""
 
@@ -40,10 +59,8 @@ class _GroupedLinear(torch.autograd.Function):
         for expert, count in enumerate(counts):
             if count:
                 part = slice(begin, begin + count)
-                if bias is None:
-                    torch.mm(rows[part], weight[expert].T, out=out[part])
-                else:
-                    torch.addmm(bias[expert], rows[part], weight[expert].T, out=out[part])
+                own_bias = None if bias is None else bias[expert]
+                _times(rows[part], weight[expert].T, own_bias, out[part])
             begin += count
         return out
 
@@ -57,7 +74,7 @@ class _GroupedLinear(torch.autograd.Function):
         for expert, count in enumerate(ctx.counts):
             if count:
                 part = slice(begin, begin + count)
-                torch.mm(grad[part], weight[expert], out=grad_rows[part])
+                _times(grad[part], weight[expert], None, grad_rows[part])
                 torch.mm(grad[part].T, rows[part], out=grad_weight[expert])
                 if grad_bias is not None:
                     torch.sum(grad[part], dim=0, out=grad_bias[expert])
@@ -101,12 +118,13 @@ def moe_reference(
     experts: ExpertWeights,
     *,
     activation: Activation,
+    residual: Float[Tensor, "rows dim"] | None = None,
 ) -> Float[Tensor, "rows dim"]:
     """Sum of each token's chosen experts, each output (its bias too) times its weight.
 
     Tokens are sorted by expert, every expert works on its own slice, and the results are gathered
     back: no token is dropped, no capacity, and no scattered addition, so a CPU repeats itself bit
-    for bit.
+    for bit. A residual is what the sum is added to.
 
     References:
         Shazeer et al., "Outrageously Large Neural Networks" (2017), arXiv:1701.06538; Gale et al.,
@@ -127,7 +145,8 @@ def moe_reference(
     outputs = _GroupedLinear.apply(units, experts.down, experts.down_bias, counts)
     outputs = _Reorder.apply(outputs, order, inverse).unflatten(0, (-1, chosen))  # (rows, A, D)
     weights = expert_weights.to(outputs.dtype)[:, None]
-    return (weights @ outputs).squeeze(1)
+    out = (weights @ outputs).squeeze(1)
+    return out if residual is None else residual + out
 
 
 class Experts(nn.Module):
