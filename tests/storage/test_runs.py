@@ -1,10 +1,11 @@
 import json
+import resource
 import subprocess
 import sys
 
 import pytest
 
-from vpmoe.errors import RunError
+from vpmoe.errors import DataError, RunError
 from vpmoe.storage.runs import RunDir, read_config, read_metrics
 
 HOLD = """
@@ -72,3 +73,17 @@ def test_a_file_in_the_way_is_one_clear_line(tmp_path):
     (tmp_path / "run").write_text("x")
     with pytest.raises(RunError, match="cannot use run folder"):
         RunDir(tmp_path / "run")
+
+
+def test_a_full_disk_is_one_clear_line_and_the_rest_stays_readable(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunDir(tmp_path) as run:
+        run.log(1, {"x": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, hard))
+        try:
+            with pytest.raises(DataError, match=r"metrics\.jsonl"):
+                for step in range(2, 9):
+                    run.log(step, {"x": step})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]

@@ -1,4 +1,5 @@
 import random
+import resource
 import signal
 import time
 from multiprocessing.process import BaseProcess
@@ -213,3 +214,27 @@ def test_bfloat16_keeps_float32_masters_and_resumes(tmp_path):
     assert numbers(tmp_path / "run") == expected
     student, _ = load_student(tmp_path / "run")
     assert student.embedding.weight.dtype == torch.bfloat16
+
+
+def test_a_disk_that_fills_up_in_a_save_leaves_the_older_checkpoint(tmp_path):
+    """The limit on file size stands for a full disk; freed, the run goes on to the same end."""
+    config = train_config(tmp_path / "run", checkpoint={"every_steps": 2, "keep": 0})
+    limit = 60_000
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FillUp:
+        every_steps = 3
+
+        def __call__(self, student, position):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            return {}
+
+    try:
+        with pytest.raises(CheckpointError, match="cannot write checkpoint"):
+            run(config, hooks=[FillUp()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-000002"]
+    run(config, resume=True)
+    run(train_config(tmp_path / "whole"))
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")

@@ -1,5 +1,6 @@
 """A run's folder: who holds it, its settings, its stream of numbers."""
 
+import errno
 import fcntl
 import json
 import math
@@ -53,7 +54,11 @@ class RunDir:
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
-        self._metrics = (self.path / METRICS_FILE).open("a", encoding="utf-8")
+        self._open_metrics()
+
+    def _open_metrics(self) -> None:
+        # Unbuffered: what a full disk refuses must not come up again when the file is closed.
+        self._metrics = (self.path / METRICS_FILE).open("ab", buffering=0)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -84,9 +89,10 @@ class RunDir:
             DataError: If the disk is full or the folder has gone.
         """
         line = json.dumps({"step": step, **{k: _plain(v) for k, v in values.items()}})
+        data = (line + "\n").encode()
         try:
-            self._metrics.write(line + "\n")
-            self._metrics.flush()
+            if self._metrics.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise write_error(self.path / METRICS_FILE, error) from error
 
@@ -97,7 +103,7 @@ class RunDir:
         target = self.path / METRICS_FILE
         with atomic_path(target) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
-        self._metrics = target.open("a", encoding="utf-8")
+        self._open_metrics()
 
 
 def _plain(value: float | int | str) -> float | int | str | None:

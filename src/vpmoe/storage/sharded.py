@@ -67,7 +67,8 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
     try:
         with megatron_device(_device_of(state)):
             dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
-    except (OSError, CheckpointException) as error:
+    except (OSError, CheckpointException, RuntimeError) as error:
+        # torch's own file writer reports a full disk as a RuntimeError.
         raise CheckpointError(
             f"cannot write checkpoint {folder}: {error}", hint="free some space, then resume"
         ) from error
