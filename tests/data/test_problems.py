@@ -5,7 +5,7 @@ from itertools import islice
 import pyarrow.parquet as pq
 import pytest
 
-from vpmoe.data.problem_families import FAMILIES, WORDS, every_text, family_of
+from vpmoe.data.problem_families import FAMILIES, FULL, SMALL, WORDS, every_text, family_of
 from vpmoe.data.problems import (
     generate,
     is_correct,
@@ -85,7 +85,7 @@ def test_splits_never_overlap_and_follow_the_query_alone():
     assert {split_of(q) for q in train} == {"train"}
     assert {split_of(q) for q in held_out + other_seed} == {"held-out"}
     rng = random.Random(0)
-    shares = [split_of(FAMILIES["doors"].draw(rng)) == "held-out" for _ in range(5_000)]
+    shares = [split_of(FAMILIES["doors"].draw(rng, FULL)) == "held-out" for _ in range(5_000)]
     assert 0.08 < sum(shares) / 5_000 < 0.12
 
 
@@ -123,7 +123,7 @@ def test_every_step_of_every_family_can_be_wrong():
     for family in FAMILIES.values():
         for step in range(family.num_steps):
             for _ in range(50):
-                query = family.draw(rng)
+                query = family.draw(rng, FULL)
                 assert family.work(query, step)[1] != family.work(query, None)[1], (query, step)
 
 
@@ -171,4 +171,17 @@ def test_every_text_covers_the_vocabulary_of_all_problems():
 def test_families_recognise_their_queries():
     rng = random.Random(1)
     for family in FAMILIES.values():
-        assert family_of(family.draw(rng)) is family
+        assert family_of(family.draw(rng, FULL)) is family
+
+
+def test_the_small_alphabet_asks_the_same_questions_of_fewer_facts():
+    problems = list(generate(1_200, seed=3, alphabet="small", flawed_share=0.4))
+    for problem in problems:
+        assert truth(problem.query) == problem.solution
+        words = {w for w in re.findall(r"[a-z]+", problem.query) if w in WORDS}
+        assert words <= set(WORDS[: SMALL.words])
+    turns = {t for p in problems for t in re.findall(r"[+-]\d", p.query)}
+    assert turns == {"+1", "+2", "+3", "-1", "-2", "-3"}
+    flawed = sum(p.flawed for p in problems) / len(problems)
+    assert 0.35 < flawed < 0.45
+    assert all((p.answer != p.solution) <= p.flawed for p in problems)

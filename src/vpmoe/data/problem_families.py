@@ -14,7 +14,27 @@ WORDS = (
     *("black", "white", "brown", "orange", "purple", "silver"),
 )
 MARKS = 10  # of the dial: results wrap around
-LARGEST_SORTED = 30
+
+
+@dataclass(frozen=True)
+class Size:
+    """How wide the alphabet of the queries is; the steps are the same.
+
+    Attributes:
+        largest_turn: Of the dial, in marks.
+        digits: Additions use the digits below this.
+        largest_sorted: Largest number to sort.
+        words: How many of `WORDS` are in use.
+    """
+
+    largest_turn: int
+    digits: int
+    largest_sorted: int
+    words: int
+
+
+FULL = Size(largest_turn=9, digits=10, largest_sorted=30, words=12)
+SMALL = Size(largest_turn=3, digits=6, largest_sorted=12, words=6)
 
 Steps = list[str]
 
@@ -34,9 +54,9 @@ class Family:
 
     name: str
     num_steps: int
-    draw: Callable[[random.Random], str]
+    draw: Callable[[random.Random, Size], str]
     work: Callable[[str, int | None], tuple[Steps, str]]
-    feature: Callable[[str], tuple[int, int]]
+    feature: Callable[[str, Size], tuple[int, int]]
 
 
 def _numbers(text: str) -> list[int]:
@@ -50,8 +70,8 @@ def _words(text: str) -> list[str]:
 # dial: turns on a dial of ten marks; the slip stops one mark too far.
 
 
-def _draw_dial(rng: random.Random) -> str:
-    turns = [f"{rng.choice('+-')}{rng.randint(1, 9)}" for _ in range(5)]
+def _draw_dial(rng: random.Random, size: Size) -> str:
+    turns = [f"{rng.choice('+-')}{rng.randint(1, size.largest_turn)}" for _ in range(5)]
     return f"Dial at {rng.randrange(MARKS)}: {', '.join(turns)}."
 
 
@@ -65,15 +85,16 @@ def _work_dial(query: str, wrong: int | None) -> tuple[Steps, str]:
     return steps, str(mark)
 
 
-def _dial_feature(query: str) -> tuple[int, int]:
+def _dial_feature(query: str, size: Size) -> tuple[int, int]:
+    del size
     return _numbers(query)[0], MARKS
 
 
 # addition: two numbers of four digits, column by column; the slip is in a column's carry.
 
 
-def _draw_addition(rng: random.Random) -> str:
-    first, second = (",".join(str(rng.randrange(10)) for _ in range(4)) for _ in range(2))
+def _draw_addition(rng: random.Random, size: Size) -> str:
+    first, second = (",".join(str(rng.randrange(size.digits)) for _ in range(4)) for _ in range(2))
     return f"Add {first} and {second}."
 
 
@@ -91,15 +112,15 @@ def _work_addition(query: str, wrong: int | None) -> tuple[Steps, str]:
     return steps, ",".join(map(str, reversed(answer)))
 
 
-def _addition_feature(query: str) -> tuple[int, int]:
-    return _numbers(query)[3], 10
+def _addition_feature(query: str, size: Size) -> tuple[int, int]:
+    return _numbers(query)[3], size.digits
 
 
 # sorting: numbers inserted one by one; the slip puts one of them a place too far left or right.
 
 
-def _draw_sorting(rng: random.Random) -> str:
-    return f"Sort {','.join(map(str, rng.sample(range(1, LARGEST_SORTED + 1), 5)))}."
+def _draw_sorting(rng: random.Random, size: Size) -> str:
+    return f"Sort {','.join(map(str, rng.sample(range(1, size.largest_sorted + 1), 5)))}."
 
 
 def _work_sorting(query: str, wrong: int | None) -> tuple[Steps, str]:
@@ -115,8 +136,8 @@ def _work_sorting(query: str, wrong: int | None) -> tuple[Steps, str]:
     return steps, steps[-1]
 
 
-def _sorting_feature(query: str) -> tuple[int, int]:
-    return _numbers(query)[0] - 1, LARGEST_SORTED
+def _sorting_feature(query: str, size: Size) -> tuple[int, int]:
+    return _numbers(query)[0] - 1, size.largest_sorted
 
 
 # cards: a row of four cards is rearranged; the slip mixes up the two in the middle.
@@ -129,9 +150,9 @@ _MOVES: dict[str, Sequence[int]] = {
 }
 
 
-def _draw_cards(rng: random.Random) -> str:
+def _draw_cards(rng: random.Random, size: Size) -> str:
     moves = rng.choices(tuple(_MOVES), k=4)
-    return f"Cards {' '.join(rng.sample(WORDS, 4))}: {', '.join(moves)}."
+    return f"Cards {' '.join(rng.sample(WORDS[: size.words], 4))}: {', '.join(moves)}."
 
 
 def _work_cards(query: str, wrong: int | None) -> tuple[Steps, str]:
@@ -146,15 +167,15 @@ def _work_cards(query: str, wrong: int | None) -> tuple[Steps, str]:
     return steps, f"Cards {' '.join(cards)}"
 
 
-def _first_word_feature(query: str) -> tuple[int, int]:
-    return WORDS.index(_words(query)[0]), len(WORDS)
+def _first_word_feature(query: str, size: Size) -> tuple[int, int]:
+    return WORDS.index(_words(query)[0]), size.words
 
 
 # doors: a walk through six rooms in a circle; the slip goes through a door backwards.
 
 
-def _draw_doors(rng: random.Random) -> str:
-    rooms = rng.sample(WORDS, 6)
+def _draw_doors(rng: random.Random, size: Size) -> str:
+    rooms = rng.sample(WORDS[: size.words], 6)
     doors = [f"{a} to {b}" for a, b in zip(rooms, rooms[1:] + rooms[:1], strict=True)]
     rng.shuffle(doors)
     return f"Doors: {', '.join(doors)}. Go 4 from {rng.choice(rooms)}."
@@ -172,15 +193,15 @@ def _work_doors(query: str, wrong: int | None) -> tuple[Steps, str]:
     return steps, f"At {room}"
 
 
-def _last_word_feature(query: str) -> tuple[int, int]:
-    return WORDS.index(_words(query)[-1]), len(WORDS)
+def _last_word_feature(query: str, size: Size) -> tuple[int, int]:
+    return WORDS.index(_words(query)[-1]), size.words
 
 
 # tally: how often one color occurs; the slip counts a wrong one, or misses a right one.
 
 
-def _draw_tally(rng: random.Random) -> str:
-    target, *others = rng.sample(WORDS, 4)
+def _draw_tally(rng: random.Random, size: Size) -> str:
+    target, *others = rng.sample(WORDS[: size.words], 4)
     row = [target if rng.random() < 0.4 else rng.choice(others) for _ in range(8)]
     return f"Count {target} in {' '.join(row)}."
 
@@ -228,14 +249,14 @@ def every_text() -> list[str]:
 
     A model with a reduced vocabulary takes its ids from these.
     """
-    numbers = [f" {n},{n}\n{n}={n}+{n}-{n}:{n}." for n in range(LARGEST_SORTED + 1)]
+    numbers = [f" {n},{n}\n{n}={n}+{n}-{n}:{n}." for n in range(FULL.largest_sorted + 1)]
     words = " ".join(("Cards", *WORDS))
     moves = "\n".join(f"{move} {WORDS[0]}" for move in _MOVES)
     rng = random.Random(0)
     examples = []
     for family in FAMILIES.values():
         for _ in range(20):
-            query = family.draw(rng)
+            query = family.draw(rng, FULL)
             steps, answer = family.work(query, None)
             examples += [query, "\n".join(steps), answer]
     return [*numbers, words, moves, *examples]

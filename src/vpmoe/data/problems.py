@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vpmoe.data.problem_families import FAMILIES, Family, family_of
+from vpmoe.data.problem_families import FAMILIES, FULL, SMALL, Family, Size, family_of
 from vpmoe.errors import DataError
 
 Split = Literal["train", "held-out"]
 Flaws = Literal["blind-spot", "scattered"]
+Alphabet = Literal["full", "small"]
 
 HELD_OUT_PER_THOUSAND = 100  # of all possible queries
 GENERATOR = "vpmoe-problems-v1"  # the `model` column
@@ -81,6 +82,7 @@ def generate(
     flawed_share: float = 0.0,
     flaws: Flaws = "blind-spot",
     families: Sequence[str] = tuple(FAMILIES),
+    alphabet: Alphabet = "full",
 ) -> Iterator[Problem]:
     """`count` problems with distinct queries, the families taking turns.
 
@@ -97,19 +99,21 @@ def generate(
             the dial starts at) is in a fixed part of its range, and always at the same step, so
             that who imitates learns the mistake. "scattered": any trace, any step.
         families: Names of the families to draw from.
+        alphabet: "small" draws from fewer numbers and words: fewer facts to learn, same steps.
 
     Raises:
         DataError: If a family is unknown, a share is outside 0..1, flawed held-out problems are
             asked for, or the families have no more queries.
     """
     _check(split, flawed_share, families)
+    size = FULL if alphabet == "full" else SMALL
     seen: set[str] = set()
     for index in range(count):
         family = FAMILIES[families[index % len(families)]]
         rng = random.Random(f"{seed}/{split}/{index}")
-        query = _fresh_query(family, rng, split, seen)
+        query = _fresh_query(family, rng, split, seen, size)
         seen.add(query)
-        step = _wrong_step(family, query, rng, flawed_share, flaws)
+        step = _wrong_step(family, query, rng, size, flawed_share=flawed_share, flaws=flaws)
         yield _write(family, query, step)
 
 
@@ -127,9 +131,11 @@ def _check(split: Split, flawed_share: float, families: Sequence[str]) -> None:
         )
 
 
-def _fresh_query(family: Family, rng: random.Random, split: Split, seen: set[str]) -> str:
+def _fresh_query(
+    family: Family, rng: random.Random, split: Split, seen: set[str], size: Size
+) -> str:
     for _ in range(MAX_REDRAWS):
-        query = family.draw(rng)
+        query = family.draw(rng, size)
         if query not in seen and split_of(query) == split:
             return query
     raise DataError(
@@ -139,13 +145,19 @@ def _fresh_query(family: Family, rng: random.Random, split: Split, seen: set[str
 
 
 def _wrong_step(
-    family: Family, query: str, rng: random.Random, flawed_share: float, flaws: Flaws
+    family: Family,
+    query: str,
+    rng: random.Random,
+    size: Size,
+    *,
+    flawed_share: float,
+    flaws: Flaws,
 ) -> int | None:
     chance, step = rng.random(), rng.randrange(family.num_steps)
     if flaws == "scattered":
         return step if chance < flawed_share else None
-    index, size = family.feature(query)
-    in_blind_spot = (index + chance) / size < flawed_share
+    index, count = family.feature(query, size)
+    in_blind_spot = (index + chance) / count < flawed_share
     return family.num_steps // 2 if in_blind_spot else None
 
 
