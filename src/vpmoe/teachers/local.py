@@ -1,6 +1,7 @@
 """A transformers model in this process as the teacher."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -27,7 +28,9 @@ from vpmoe.vocabulary import STOP_TOKENS, VocabSubset
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LOGITS_AT_ONCE = 2**26  # 256 MiB of float32 logits in a chunk, whatever the vocabulary
+# float32 logits in a chunk, whatever the vocabulary: 32 MiB are reused by the allocator of a CPU,
+# while a GPU wants large products.
+_LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**28}
 
 
 class LocalTeacherConfig(Config):
@@ -76,7 +79,7 @@ class LocalTeacherConfig(Config):
             options=options,
         )
         identity = TeacherIdentity(
-            name=self.path if commit else source.resolve().name,
+            name=self.path if commit else _local_name(source),
             revision=commit,
             weights_sha256=weights_sha256(source, seed=self.seed),
             dtype=self.dtype,
@@ -114,7 +117,7 @@ class LocalTeacher:
         self._batch_tokens = batch_tokens
         # Logits near 20 are 1/8 apart in bfloat16: the head multiplies in float32.
         self._head_weight = output_head(model).weight.detach().float()
-        self._chunk_rows = max(1, _LOGITS_AT_ONCE // self._head_weight.shape[0])
+        self._chunk_rows = max(1, _LOGITS_AT_ONCE[model.device.type] // self._head_weight.shape[0])
         self._max_len = int(getattr(model.config, "max_position_embeddings", 2**31))
 
     @torch.inference_mode()
@@ -212,6 +215,12 @@ class LocalTeacher:
             chunk_rows=self._chunk_rows,
         )
         return np.split(logprobs.cpu().numpy(), np.cumsum(lengths)[:-1])
+
+
+def _local_name(source: Path) -> str:
+    """The folder's name; a bare config is named with the folder it lies in."""
+    resolved = source.resolve()
+    return resolved.name if source.is_dir() else f"{resolved.parent.name}/{resolved.name}"
 
 
 def _pad_right(rows: list[np.ndarray]) -> tuple[Int64[Tensor, "batch seq"], Tensor]:
