@@ -26,9 +26,9 @@ class ExpertWeights:
     gate_bias: Float[Tensor, "experts width"] | None
 
 
-# BLAS multiplies fewer rows than this in another order of additions; filled up to it, a token's bits
-# do not depend on how many others chose its expert.
-MIN_ROWS = 4
+# BLAS adds in another order when rows are few (fewer than a dozen on two threads): filled up to
+# this, a token's bits do not depend on how many others chose its expert.
+MIN_ROWS = 32
 
 
 def _times(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
