@@ -79,11 +79,12 @@ def world(name: DeviceName, *, threads: int = 0) -> Iterator[World]:
     if dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size(), device)
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    is_gpu = device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if is_gpu else "gloo"
+    alone = {} if "WORLD_SIZE" in os.environ else {"store": HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(
+        backend, timeout=_TIMEOUT, device_id=device if is_gpu else None, **alone
+    )
     try:
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
         yield World(dist.get_rank(), dist.get_world_size(), device)

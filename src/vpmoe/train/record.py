@@ -76,6 +76,7 @@ class Record:
         for part in parts:
             values |= part
         values |= watch.metrics() | self._last_save_s | memory_metrics(self._world.device)
+        self._last_save_s = {}
         values |= self._speed(values["train/tokens"], watch.seconds["step"])
         self._run.log(position.step, values)
         for observer in self._observers:

@@ -82,7 +82,7 @@ def _refuse_drift(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) ->
         lines = "\n".join(f"  {line}" for line in changed)
         raise RunError(
             f"{path} was started with another config "
-            f"(fingerprint {fingerprint(before)}, now {fingerprint(after)})\n{lines}",
+            f"(fingerprint {fingerprint(old)}, now {fingerprint(new)})\n{lines}",
             hint="start a new run with --run NAME, or undo the change",
         )
 
