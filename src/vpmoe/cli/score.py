@@ -33,5 +33,18 @@ def score(
         manifest = run(settings, overwrite=overwrite, progress=tick)
     if as_json:
         print_json(manifest)
-    else:
-        print_facts([("targets", str(settings.output)), *flat(manifest)])
+        return
+    header, scores = manifest["header"], manifest["teacher_logprobs"]
+    teacher = header["teacher"]
+    effort = header["reasoning_effort"] or "the dataset's"
+    facts = [
+        ("targets", str(settings.output)),
+        ("teacher", f"{teacher['name']}, {teacher['dtype']}, reasoning effort {effort}"),
+        ("scored", f"{manifest['samples']:,} samples, {manifest['labels']:,} labels"),
+    ]
+    for span in ("reasoning", "final"):
+        if scores[span]["labels"]:
+            low, high = scores[span]["q0.05"], scores[span]["q0.95"]
+            text = f"mean log-prob {scores[span]['mean']:.4f}, 5 to 95 %: {low:.4f} to {high:.4f}"
+            facts.append((span, text))
+    print_facts(facts)

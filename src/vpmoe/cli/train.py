@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vpmoe.cli.grammar import ConfigFile, DryRun, Json, Overrides
-from vpmoe.cli.render import flat, print_facts, print_json
+from vpmoe.cli.render import print_facts, print_json
 from vpmoe.errors import ConfigError
 
 RunName = Annotated[
@@ -41,9 +41,10 @@ def train(
         kind = resolved(settings)["kind"]
         raise ConfigError([(f"{config} is of kind {kind}, which is not trained", _verb_for(kind))])
     if not settings.run:
-        settings = load_any(config, [*words, f"run=runs/{config.stem}"])
+        settings = settings.model_copy(update={"run": f"runs/{config.stem}"})
     if dry_run:
-        print_facts([*facts(settings), ("fingerprint", fingerprint(resolved(settings)))])
+        screen = [("run", str(settings.run_dir)), *facts(settings)]
+        print_facts([*screen, ("fingerprint", fingerprint(resolved(settings)))])
         return
     _start(settings, resume=resume, as_json=as_json)
 
@@ -55,8 +56,14 @@ def _start(settings: object, *, resume: bool, as_json: bool) -> None:
     summary = stage.run(settings, resume=resume, observers=[ProgressBar()])
     if as_json:
         print_json(summary)
-    else:
-        print_facts(list(flat(summary)))
+        return
+    facts = [("run", f"{summary['run']}, {summary['step']:,} steps")]
+    facts.append(("tokens", f"{summary['tokens_seen']:,} trained on"))
+    for name, found in summary.get("stop", {}).items():
+        said = {True: "reached", False: "not reached", None: "not measured"}[found["holds"]]
+        why = ", ".join(f"{k} {v:.4g}" for k, v in found.items() if type(v) is float)
+        facts.append((name, f"{said}: {found.get('why') or why}"))
+    print_facts(facts)
 
 
 def _verb_for(kind: str) -> str:
