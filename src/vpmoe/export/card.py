@@ -7,6 +7,8 @@ from typing import Any
 
 import jinja2
 
+from vpmoe.data.o200k import encode
+from vpmoe.data.problems import generate
 from vpmoe.models.count import count
 from vpmoe.models.student import Student
 
@@ -34,5 +36,16 @@ def model_card(student: Student, manifest: Mapping[str, Any], evals: Mapping[str
         manifest=manifest,
         evals={**dict.fromkeys(MEASURES), **evals} if evals else {},
         effort=manifest["render"]["reasoning_effort"] if manifest["render"]["system"] else "",
+        question=example_question(student),
         origin=json.dumps(manifest["inputs"], indent=2, ensure_ascii=False),
     )
+
+
+def example_question(student: Student) -> str:
+    """A question whose every token the student knows; three dots if none of ours is."""
+    problem = next(generate(1, seed=0, split="held-out"))
+    for question in ("What is 2 + 2?", problem.query):
+        subset = student.config.vocab_subset
+        if subset is None or set(encode(question).tolist()) <= set(subset):
+            return question
+    return "..."

@@ -3,24 +3,18 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
-from transformers.utils.logging import (
-    disable_progress_bar,
-    enable_progress_bar,
-    is_progress_bar_enabled,
-)
 
 from vpmoe.data.dataset import trained_render
 from vpmoe.data.harmony import RenderConfig
 from vpmoe.errors import DataError
 from vpmoe.export.card import model_card
-from vpmoe.export.modeling import VpmoeForCausalLM
+from vpmoe.export.modeling import VpmoeForCausalLM, quietly
 from vpmoe.export.parity import Parity, check_parity
 from vpmoe.export.tokenizer import PAD_ID, STOP_IDS, build_tokenizer
 from vpmoe.models.student import Student
@@ -39,6 +33,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_vpmoe.VpmoeConfig",
     "AutoModelForCausalLM": "modeling_vpmoe.VpmoeForCausalLM",
 }
+FILE_MODE = 0o644
 CARRIED = ("step", "tokens_seen", "fingerprint", "inputs", "parent")
 
 
@@ -128,7 +123,7 @@ def export_student(
         temporary.mkdir(parents=True)
         _write_model(student, temporary)
         build_tokenizer(render).save_pretrained(temporary)
-        with _quietly():
+        with quietly():
             parity = check_parity(student, temporary)
         own = {
             "kind": "export",
@@ -167,26 +162,16 @@ def _write_model(student: Student, folder: Path) -> None:
     for name in state:
         if name.endswith("local_tokens_per_expert"):  # a tally of training, not of the model
             state[name] = state[name].new_zeros(state[name].shape)
-    with _quietly():
+    with quietly():
         model.save_pretrained(folder, state_dict=state)
     for name, text in SHIMS.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Inside, transformers draws no progress bars."""
-    was_on = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            enable_progress_bar()
-
-
 def _publish(temporary: Path, out: Path) -> None:
     """Sync the finished folder and give it its name; the one it replaces goes last."""
+    for path in temporary.iterdir():
+        path.chmod(FILE_MODE)  # safetensors writes for its owner alone
     for path in (*temporary.iterdir(), temporary):
         descriptor = os.open(path, os.O_RDONLY)
         try:

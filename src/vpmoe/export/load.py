@@ -8,7 +8,7 @@ import torch
 
 from vpmoe.data.dataset import trained_render
 from vpmoe.data.harmony import RenderConfig
-from vpmoe.export.modeling import VpmoeForCausalLM
+from vpmoe.export.modeling import VpmoeForCausalLM, quietly
 from vpmoe.models.student import Student
 from vpmoe.storage.manifest import MANIFEST_NAME, read_manifest
 from vpmoe.train.state import load_student
@@ -49,7 +49,8 @@ def open_model(
     path = Path(path)
     if is_export(path):
         manifest = read_manifest(path / MANIFEST_NAME)
-        student = VpmoeForCausalLM.from_pretrained(path).student.to(device)
+        with quietly():
+            student = VpmoeForCausalLM.from_pretrained(path).student.to(device)
         return OpenedModel(student, render or RenderConfig(**manifest["render"]), manifest)
     student, manifest = load_student(path, device=device)
     return OpenedModel(student, render or trained_render(manifest["inputs"]), manifest)

@@ -5,6 +5,8 @@ vocabulary subset gives minus infinity to the ids it has no row for, so that pro
 generated ids are o200k ids whatever the model keeps.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from vpmoe.batch import PADDING_DOCUMENT
 from vpmoe.config import Tree, resolved, validate
@@ -23,6 +30,18 @@ from vpmoe.vocabulary import END_OF_TEXT, VOCAB_SIZE
 MODEL_TYPE = "vpmoe"
 ALIGNMENT_BYTES = 64
 IGNORED_LABEL = -100  # transformers' mark for labels without loss
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Inside, transformers draws no progress bars."""
+    was_on = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            enable_progress_bar()
 
 
 class VpmoeConfig(PreTrainedConfig):

@@ -10,6 +10,7 @@ import torch
 from vpmoe.batch import ReasoningEffort
 from vpmoe.data.completion import ParsedCompletion, parse_completion
 from vpmoe.data.harmony import Renderer, decode, encode, o200k
+from vpmoe.errors import DataError
 from vpmoe.models.student import Student
 from vpmoe.rollouts.sampler import Draw, choose, uniforms
 from vpmoe.vocabulary import (
@@ -125,6 +126,7 @@ class ChatSession:
             DataError: If the question cannot be rendered, or uses tokens the student lacks.
         """
         prompt = self.prompt(query)
+        self._require_known(prompt)
         reader = ChannelReader()
         written: list[int] = []
         for token in self._tokens(prompt):
@@ -139,6 +141,19 @@ class ChatSession:
             kept = [*COMPLETION_HEADER, CHANNEL, FINAL, MESSAGE, *final, END]
             stem = prompt[: -len(COMPLETION_HEADER)]
             self._history = np.concatenate([stem, kept]).astype(np.int64)
+
+    def _require_known(self, prompt: np.ndarray) -> None:
+        subset = self.student.config.vocab_subset
+        if subset is None:
+            return
+        known = set(subset)
+        unknown = [int(token) for token in prompt if int(token) not in known]
+        if unknown:
+            words = ", ".join(repr(decode([token])) for token in dict.fromkeys(unknown))
+            raise DataError(
+                f"the student's vocabulary subset lacks {words}",
+                hint="ask in words that its training data used",
+            )
 
     @torch.no_grad()
     def _tokens(self, prompt: np.ndarray) -> Iterator[int]:
