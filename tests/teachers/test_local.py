@@ -126,6 +126,18 @@ def test_bfloat16_stays_near_float32(teacher_folder, teacher):
     assert 0 < np.abs(rounded - exact).mean() < 0.1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_a_gpu_gives_the_same_scores(teacher_folder, teacher, experts):
+    sequences = random_sequences([3, 200, 57])
+    on_gpu = build(teacher_folder, device="cuda", experts=experts).score(sequences)
+    for scores, expected in zip(on_gpu, teacher.score(sequences), strict=True):
+        np.testing.assert_allclose(scores, expected, atol=1e-3)
+    half = build(teacher_folder, device="cuda", experts=experts, dtype="bfloat16").score(sequences)
+    gap = np.concatenate(half) - np.concatenate(teacher.score(sequences))
+    assert np.abs(gap).mean() < 0.1
+
+
 def test_a_config_alone_gives_random_weights_by_seed(tmp_path):
     tiny_config(len(SUBSET)).save_pretrained(tmp_path)
     (tmp_path / "vocab_ids.json").write_text(json.dumps(SUBSET))
@@ -249,8 +261,19 @@ def test_a_revision_makes_no_sense_for_a_folder(teacher_folder):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there(teacher_folder):
-    with pytest.raises(TeacherError, match=r"'cuda:1'.*sees no GPU"):
+    with pytest.raises(TeacherError, match=r"'cuda:1'.*sees 0 GPUs"):
         build(teacher_folder, device="cuda:1")
+
+
+def test_memory_that_runs_out_names_the_setting(teacher_folder, monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    teacher = build(teacher_folder, batch_tokens=128)
+    monkeypatch.setattr(teacher._model.base_model, "forward", exhausted)
+    with pytest.raises(TeacherError, match="2 sequences of up to 50 tokens") as caught:
+        teacher.score(random_sequences([50, 49]))
+    assert "batch_tokens (now 128)" in caught.value.hint
 
 
 def test_gpt_oss_has_no_sdpa_and_says_so(teacher_folder):

@@ -167,9 +167,13 @@ def _quantization(config: Any) -> str:
 
 
 def _require_device(device: str) -> None:
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device == "cpu":
+        return
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(device.partition(":")[2] or 0)
+    if index >= present:
         raise TeacherError(
-            f"teacher.device is {device!r}, and this machine's torch sees no GPU",
+            f"teacher.device is {device!r}, and this machine's torch sees {present} GPUs",
             hint="set teacher.device = cpu, or install a CUDA build of torch",
         )
 

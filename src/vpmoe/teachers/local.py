@@ -141,7 +141,14 @@ class LocalTeacher:
         out = [np.empty(0, dtype=np.float32)] * len(rows)
         lengths = [len(row) for row in rows]
         for members in _batches(lengths, self._batch_tokens):
-            scored = self._score_batch([rows[i] for i in members])
+            try:
+                scored = self._score_batch([rows[i] for i in members])
+            except torch.OutOfMemoryError as error:
+                raise TeacherError(
+                    f"the teacher ran out of GPU memory with {len(members)} sequences of up to "
+                    f"{lengths[members[0]]} tokens in a forward",
+                    hint=f"lower teacher.batch_tokens (now {self._batch_tokens})",
+                ) from error
             for index, logprobs in zip(members, scored, strict=True):
                 out[index] = logprobs
         return out
