@@ -236,5 +236,5 @@ def test_value_residual_reads_the_first_layer():
 
 
 def test_unknown_kernels_are_refused():
-    with pytest.raises(ConfigError, match="'fused' are not available"):
-        build_student(config_of(), seed=0, kernels="fused")
+    with pytest.raises(ConfigError, match="'turbo' are not available"):
+        build_student(config_of(), seed=0, kernels="turbo")
