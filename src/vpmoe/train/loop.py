@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from vpmoe.models.count import count
 from vpmoe.models.student import Student
 from vpmoe.train.config import TrainConfig
@@ -38,9 +40,11 @@ def train(
     """
     run_dir = config.run_dir
     readers = [*observers, *(tracker.build() for tracker in config.trackers)]
-    student.activation_checkpointing = config.activation_checkpointing
-    run, checkpoint = open_run(run_dir, config, resume=resume, world=world)
     flops = flops_per_token(student, config)
+    student.train()
+    student.activation_checkpointing = config.activation_checkpointing
+    torch.manual_seed(config.seed + world.rank)
+    run, checkpoint = open_run(run_dir, config, resume=resume, world=world)
     with Record(run, config, world=world, observers=readers, flops_per_token=flops) as record:
         replica = Replica(student, config.optimizer, world)
         position = restore(checkpoint, replica, plan) if checkpoint else Position()
