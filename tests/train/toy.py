@@ -118,7 +118,9 @@ class ToyPlan(Plan):
 def run(config: TrainConfig, *, resume: bool = False, dtype=torch.float32, **options):
     """Train the tiny student through the real loop; returns it."""
     with world(config.device, threads=config.threads) as ranks:
-        student = build_student(student_config(), seed=config.seed, dtype=dtype)
+        student = build_student(
+            student_config(), seed=config.seed, dtype=dtype, device=ranks.device
+        )
         plan = options.pop("plan", None)
         plan = plan or ToyPlan(config, rank=ranks.rank, num_ranks=ranks.size)
         train(student, plan, config, world=ranks, resume=resume, **options)
@@ -129,7 +131,13 @@ def start(config: TrainConfig, *, rank: int = 0, num_ranks: int = 1, port: int =
     """`run` in a process of its own, forked from a server that has done the slow imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    env = {"RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": num_ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     process = context.Process(target=_work, args=(config, env if num_ranks > 1 else {}, options))
     process.start()
     return process

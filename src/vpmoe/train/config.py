@@ -11,7 +11,16 @@ from vpmoe.optim import CosineConfig, NorMuonConfig, OptimizerConfig, ScheduleCo
 from vpmoe.train.trackers import TrackerConfig
 
 # What may differ between a run and its resumption: none of these changes a number that is learnt.
-FREE_KEYS = ("run", "log_every", "trackers", "checkpoint", "valid", "peak_tflops")
+FREE_KEYS = (
+    "run",
+    "log_every",
+    "trackers",
+    "checkpoint",
+    "valid",
+    "gates",
+    "stop",
+    "peak_tflops",
+)
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
