@@ -118,9 +118,8 @@ class ToyPlan(Plan):
 def run(config: TrainConfig, *, resume: bool = False, dtype=torch.float32, **options):
     """Train the tiny student through the real loop; returns it."""
     with world(config.device, threads=config.threads) as ranks:
-        student = build_student(
-            student_config(), seed=config.seed, dtype=dtype, device=ranks.device
-        )
+        # Drawn on the CPU, so that weights are the same wherever they are trained.
+        student = build_student(student_config(), seed=config.seed, dtype=dtype).to(ranks.device)
         plan = options.pop("plan", None)
         plan = plan or ToyPlan(config, rank=ranks.rank, num_ranks=ranks.size)
         train(student, plan, config, world=ranks, resume=resume, **options)
