@@ -17,6 +17,7 @@ from vpmoe.spans import Span
 from vpmoe.vocabulary import END_OF_TEXT, VOCAB_SIZE
 
 BATCH_TOKENS = 8_192
+LOGITS_AT_ONCE = 2**26  # 256 MiB in float32, whatever the vocabulary
 UNIGRAM_DOCUMENTS = 20_000  # of the train split: far more than a unigram table needs
 ADD_ONE = 1.0  # Laplace smoothing
 
@@ -189,7 +190,10 @@ def _read(student: Student, documents: Sequence[Document]) -> list[np.ndarray]:
     ).hidden
     kept = torch.from_numpy(spans != Span.IGNORE).to(device)
     labels = torch.from_numpy(np.roll(tokens, -1, axis=1)).to(device)[kept]
-    logprobs = token_logprobs(hidden[kept], student.head_weight, student.rows_of(labels))
+    chunk_rows = max(1, LOGITS_AT_ONCE // student.head_weight.shape[0])
+    logprobs = token_logprobs(
+        hidden[kept], student.head_weight, student.rows_of(labels), chunk_rows=chunk_rows
+    )
     counts = (spans != Span.IGNORE).sum(axis=1)
     return np.split(logprobs.cpu().numpy(), np.cumsum(counts)[:-1])
 

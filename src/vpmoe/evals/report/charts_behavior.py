@@ -15,6 +15,7 @@ FAILURE_TITLES = {
     "repetition": "repetition",
     "invalid_header": "bad header",
 }
+BAR_HEIGHT = 0.42
 FAILURE_ALPHA = (0.55, 0.38, 0.26, 0.16)
 
 
@@ -25,7 +26,7 @@ def exact_match_chart(runs: Sequence[RunData], theme: Theme) -> Figure | None:
         return None
     families = sorted({f for _, run in scored for f in run.measured("exact_match", "families")})
     panels = [None, *families]
-    columns = min(len(panels), 3)
+    columns = min(len(panels), 4 if len(panels) > 6 else 3)
     rows = -(-len(panels) // columns)
     height = rows * (0.95 + 0.27 * len(scored)) + 0.2
     figure, axes = new_figure(rows, columns, height=height, sharex=True, sharey=True)
@@ -43,7 +44,7 @@ def exact_match_chart(runs: Sequence[RunData], theme: Theme) -> Figure | None:
         name_rows(ax, [(run.name, theme.color(i)) for i, run in scored], named=place % columns == 0)
         percent_axis(ax)
         ax.set_xlim(-0.02, 1.16)
-        ax.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
+        ax.set_xticks([0, 0.5, 1.0])
         ax.tick_params(labelbottom=place + columns >= len(panels))
     return figure
 
@@ -73,18 +74,18 @@ def _draw_validity(ax: Axes, sampled: Sequence[tuple[int, RunData]], theme: Them
     for row, (index, run) in enumerate(sampled):
         count = run.measured("format", "num_completions")
         share = run.measured("format", "valid", "share")
-        ax.barh(row, share, height=0.42, color=theme.color(index))
+        ax.barh(row, share, height=BAR_HEIGHT, color=theme.color(index))
         left, notes = share, []
         failures = run.measured("format", "failures") or {}
         for alpha, (kind, title) in zip(FAILURE_ALPHA, FAILURE_TITLES.items(), strict=True):
             part = failures.get(kind, 0) / count
-            ax.barh(row, part, left=left, height=0.42, color=theme.muted, alpha=alpha)
+            ax.barh(row, part, left=left, height=BAR_HEIGHT, color=theme.muted, alpha=alpha)
             left += part
             if part > 0:
                 notes.append(f"{title} {f'{part * 100:.0f}' if part >= 0.005 else '< 1'} %")
         text = f"{share * 100:.1f} %" + (f"   {', '.join(notes)}" if notes else "")
         ax.annotate(
-            text, (0, row), xytext=(0, 11), textcoords="offset points",
+            text, (0, row - BAR_HEIGHT / 2), xytext=(0, 3), textcoords="offset points",
             fontsize=8, color=theme.muted, va="bottom",
         )  # fmt: skip
     ax.set_title("well-formed Harmony")
@@ -108,7 +109,7 @@ def _draw_lengths(ax: Axes, sampled: Sequence[tuple[int, RunData]], theme: Theme
                 channel, (length["p95"], y), xytext=(5, 0), textcoords="offset points",
                 fontsize=7.8, color=theme.muted, va="center",
             )  # fmt: skip
-    ax.set_title("tokens per channel: median ● to 95th percentile |")
+    ax.set_title("tokens per channel, median to p95")
     name_rows(ax, [(run.name, theme.color(i)) for i, run in sampled])
     ax.set_xlim(left=0, right=ax.get_xlim()[1] * 1.12)
     ax.grid(visible=True, axis="x")

@@ -23,6 +23,9 @@ from vpmoe.evals.report.theme import (
 SPANS = ("reasoning", "final")
 SMOOTHING_SHARE = 30  # the running mean covers one thirtieth of a run
 SETTLED_QUANTILE = 0.85
+TIME_BAR_HEIGHT = 0.34
+LEAST_NAMED_SHARE = 0.03  # of the longest step: thinner parts go without a name
+LETTER_SHARE = 0.016  # of the longest step, that a letter of a name covers
 TIME_ALPHA = (1.0, 0.72, 0.5, 0.34, 0.22, 0.14)
 MAX_LOAD_SHOWN = 4.0  # times the uniform share; more is one color
 
@@ -159,16 +162,22 @@ def time_shares(run: RunData) -> dict[str, float]:
 
 def _draw_time(ax: Axes, shares: list[tuple[int, RunData, dict[str, float]]], theme: Theme) -> None:
     ax.set_title("seconds of a mean step")
+    longest = max((sum(parts.values()) for _, _, parts in shares), default=1.0)
     for row, (index, _, parts) in enumerate(shares):
-        left, longest = 0.0, sum(max(s.values()) for _, _, s in shares)
+        left, free = 0.0, 0.0  # `free`: where the last name ends
         for rank, (part, seconds) in enumerate(parts.items()):
             alpha = TIME_ALPHA[min(rank, len(TIME_ALPHA) - 1)]
-            ax.barh(row, seconds, left=left, height=0.34, color=theme.color(index), alpha=alpha)
-            if rank < 3 and seconds > 0.03 * longest:
+            ax.barh(
+                row, seconds, left=left, height=TIME_BAR_HEIGHT, color=theme.color(index),
+                alpha=alpha,
+            )  # fmt: skip
+            text = f"{part} {seconds:.2g}"
+            if left >= free and seconds > LEAST_NAMED_SHARE * longest:
                 ax.annotate(
-                    f"{part} {seconds:.2g}", (left, row), xytext=(0, 12),
+                    text, (left, row - TIME_BAR_HEIGHT / 2), xytext=(0, 3),
                     textcoords="offset points", fontsize=7.8, color=theme.muted, va="bottom",
                 )  # fmt: skip
+                free = left + LETTER_SHARE * len(text) * longest
             left += seconds
     name_rows(ax, [(run.name, theme.color(index)) for index, run, _ in shares])
     ax.set_ylim(len(shares) - 0.45, -0.75)
@@ -248,7 +257,7 @@ def health_chart(runs: Sequence[RunData], theme: Theme) -> Figure | None:
             ends.append((x[-1], smooth[-1], run.name, theme.color(index)))
         ax.set_title(title)
         ax.set_ylabel(unit)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, max(1.0, ax.get_ylim()[1]))
         ax.yaxis.set_major_locator(MaxNLocator(4))
         token_axis(ax)
         label_line_ends(ax, ends)

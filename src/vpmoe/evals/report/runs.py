@@ -71,10 +71,25 @@ def read_runs(paths: Sequence[Path]) -> list[RunData]:
     if not paths:
         raise RunError("no run to report on", hint="name one or more run directories")
     folders = [Path(path).resolve() for path in paths]
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    names = _distinct_names(folders)
     return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Each folder's name, with as many parents before it as tell it from the others."""
+    names = []
+    for folder in folders:
+        depth = 1
+        while depth < len(folder.parts) and _name(folder, depth) in (
+            _name(other, depth) for other in folders if other != folder
+        ):
+            depth += 1
+        names.append(_name(folder, depth))
+    return names
+
+
+def _name(folder: Path, depth: int) -> str:
+    return "/".join(folder.parts[-depth:])
 
 
 def _read_run(folder: Path, name: str) -> RunData:

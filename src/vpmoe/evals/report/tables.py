@@ -10,6 +10,7 @@ from vpmoe.evals.report.theme import short_number
 
 MAX_DIFFERENCES = 60
 ABSENT = "–"
+UNTOLD = ("kind", "config", "student", "files", "step", "tokens_seen")  # in other tables already
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ def summary(runs: Sequence[RunData]) -> list[Column]:
     columns = [
         _column(runs, "exact match", 1, _share_of("exact_match", "total")),
         _column(runs, "well-formed", 1, _share_of("format", "valid")),
-        _column(runs, "held-out loss, reasoning", -1, _number_of("heldout", "loss", "reasoning")),
-        _column(runs, "held-out loss, final", -1, _number_of("heldout", "loss", "final")),
-        _column(runs, "reverse KL to the teacher", -1, _number_of("teacher_gap", "k1", "all")),
+        _column(runs, "held-out loss, reasoning", -1, _heldout_loss("reasoning")),
+        _column(runs, "held-out loss, final", -1, _heldout_loss("final")),
+        _column(runs, "reverse KL to the teacher", -1, _teacher_gap),
         _column(runs, "tokens per answer", 0, _length),
         _column(runs, "student tokens", 0, _tokens),
         _column(runs, "tokens / s", 0, _speed),
@@ -75,18 +76,25 @@ def _share_of(*path: str) -> Any:
     return measure
 
 
-def _number_of(*path: str) -> Any:
+def _heldout_loss(span: str) -> Any:
     def measure(run: RunData) -> tuple[float | None, Cell]:
-        value = run.measured(*path)
-        if value is None:
+        value = run.measured("heldout", "loss", span)
+        unigram = run.measured("heldout", "unigram_loss", span)
+        if value is not None:
+            return value, Cell(f"{value:.3f}", note=f"unigram {unigram:.2f}" if unigram else "")
+        _, stream = run.series(f"valid/loss/{span}")
+        if not stream:
             return None, Cell(ABSENT)
-        unigram = (
-            run.measured("heldout", "unigram_loss", path[-1]) if path[0] == "heldout" else None
-        )
-        note = f"unigram {unigram:.2f}" if unigram is not None else "nats per token"
-        return value, Cell(f"{value:.3f}", note=note)
+        return stream[-1], Cell(f"{stream[-1]:.3f}", note="while training")
 
     return measure
+
+
+def _teacher_gap(run: RunData) -> tuple[float | None, Cell]:
+    value = run.measured("teacher_gap", "k3", "all")
+    if value is None:
+        return None, Cell(ABSENT)
+    return value, Cell(f"{value:.3f}", note="nats per token")
 
 
 def _length(run: RunData) -> tuple[float | None, Cell]:
@@ -126,7 +134,8 @@ def provenance(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
 def _facts(run: RunData) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for source in (run.manifest, run.measured("provenance") or {}, run.measured("model") or {}):
-        for key, value in _flat(source):
+        told = {key: value for key, value in source.items() if key not in UNTOLD}
+        for key, value in _flat(told):
             facts.setdefault(key.replace("_", " "), value)
     return facts
 

@@ -38,7 +38,7 @@ LIGHT = Theme(
     muted="#6a727d",
     hairline="#e3e6ea",
     runs=(
-        "#5b6472", "#3565c4", "#0f8f7e", "#c7522a", "#8a4fbf", "#b58a08", "#c23b6e", "#2b8fb8",
+        "#3565c4", "#c7522a", "#0f8f7e", "#8a4fbf", "#b58a08", "#c23b6e", "#2b8fb8", "#5b6472",
     ),
     heat=("#1f4e8c", "#8fb3da", "#f4f4f1", "#e8a26a", "#b5431c"),
 )  # fmt: skip
@@ -49,7 +49,7 @@ DARK = Theme(
     muted="#949ca8",
     hairline="#2b3037",
     runs=(
-        "#a4acb8", "#7ea6f4", "#45c5b0", "#ef8a62", "#bd93e8", "#e0bb4a", "#ee7fa8", "#6cc4e4",
+        "#7ea6f4", "#ef8a62", "#45c5b0", "#bd93e8", "#e0bb4a", "#ee7fa8", "#6cc4e4", "#a4acb8",
     ),
     heat=("#7db4f0", "#35587f", "#23272d", "#8a5530", "#f0925a"),
 )  # fmt: skip
