@@ -18,7 +18,7 @@ from vpmoe.data.loader import PackedLoader
 from vpmoe.data.synth import Conversation
 from vpmoe.errors import ConfigError, DataError, TeacherError
 from vpmoe.spans import Span
-from vpmoe.stages.score import ScoreConfig, candidates, open_targets, run, score_dataset
+from vpmoe.stages.score import ScoreConfig, open_targets, pool_of, run, score_dataset
 from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TeacherIdentity
 from vpmoe.teachers.selection import select
 from vpmoe.teachers.store import TargetStore
@@ -107,7 +107,7 @@ def test_every_label_gets_the_log_prob_of_its_own_token(dataset, tmp_path):
         dataset, PrefixTeacher(), config, progress=lambda done, total: told.append((done, total))
     )
     store = open_targets(tmp_path, dataset)
-    chosen = select(candidates(dataset), config.selection)
+    chosen = select(pool_of(dataset), config.selection)
     assert set(store) == {dataset.sample_ids[i] for i in chosen}
     for index in chosen:
         document = dataset.conversation(index)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field, field_validator
 
 from vpmoe.batch import ReasoningEffort
@@ -18,7 +19,7 @@ from vpmoe.errors import DataError
 from vpmoe.spans import Span
 from vpmoe.teachers import TeacherConfig
 from vpmoe.teachers.base import ROLLOUT_LOGPROBS, Teacher, require_logprobs
-from vpmoe.teachers.selection import Candidate, Column, SelectionConfig, select
+from vpmoe.teachers.selection import Column, Pool, SelectionConfig, select
 from vpmoe.teachers.shards import SampleTargets
 from vpmoe.teachers.store import TargetStore, TargetWriter
 from vpmoe.vocabulary import O200K_SHA256
@@ -91,13 +92,6 @@ def open_targets(path: Path, dataset: Dataset) -> TargetStore:
         split=dataset.split,
         tokenizer_sha256=O200K_SHA256,
     )
-    unknown = store.keys() - dataset.index_of.keys()
-    if unknown:
-        raise DataError(
-            f"target store {path} has {len(unknown)} samples that the dataset lacks, first "
-            f"{min(unknown)}",
-            hint="score this dataset with vpmoe score",
-        )
     return store
 
 
@@ -159,14 +153,15 @@ def score_dataset(
         DataError: If the store cannot be written, or belongs to other settings.
         TeacherError: If the teacher answers nonsense.
     """
-    pool = candidates(dataset)
+    pool = pool_of(dataset)
     chosen = select(pool, config.selection)
-    if not chosen:
+    if not len(chosen):
         raise DataError(
-            f"no sample of {config.data} is selected", hint="relax selection, or raise its fraction"
+            f"no sample of {dataset.path} is selected",
+            hint="relax selection, or raise its fraction",
         )
-    lengths = np.array([candidate.num_tokens for candidate in pool])
-    slices = list(_cut(chosen, lengths, config.shard_tokens))
+    lengths = pool.num_tokens.astype(np.int64)
+    slices = list(_cut(chosen.tolist(), lengths, config.shard_tokens))
     total, done = int(lengths[chosen].sum()), 0
     with TargetWriter(config.output, _header(dataset, teacher, config), overwrite=overwrite) as out:
         for number, members in enumerate(slices):
@@ -188,19 +183,19 @@ def score_dataset(
         return out.finish(len(slices))
 
 
-def candidates(dataset: Dataset) -> list[Candidate]:
+def pool_of(dataset: Dataset) -> Pool:
     """What the selection needs to know of every sample, in the dataset's order."""
-    names = sorted({"sample_id", "num_tokens", "num_reasoning", *get_args(Column)})
-    return [
-        Candidate(
-            sample_id=row.pop("sample_id"),
-            num_tokens=row.pop("num_tokens"),
-            num_reasoning=row.pop("num_reasoning"),
-            metadata=row,
-        )
-        for batch in dataset.samples.select(names).to_batches()
-        for row in batch.to_pylist()
-    ]
+    table = dataset.samples.combine_chunks()
+    return Pool(
+        sample_ids=_column(table, "sample_id"),
+        num_tokens=_column(table, "num_tokens").to_numpy(),
+        num_reasoning=_column(table, "num_reasoning").to_numpy(),
+        metadata={name: _column(table, name) for name in get_args(Column)},
+    )
+
+
+def _column(table: pa.Table, name: str) -> pa.Array:
+    return pa.concat_arrays(table[name].chunks)
 
 
 def content_sha256(dataset: Dataset) -> str:

@@ -1,14 +1,17 @@
 """Which samples a teacher should score when it cannot score them all."""
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field
 
 from vpmoe.config import Config
+
+_IDS_AT_ONCE = 1 << 16
 
 Column = Literal["language", "exercise", "model", "constraints", "seed_license"]
 
@@ -33,23 +36,23 @@ class SelectionConfig(Config):
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """What the selection sees of a sample.
+class Pool:
+    """What the selection sees of a split's samples, one entry of each array per sample.
 
     Attributes:
-        sample_id: Its row in the dataset.
-        num_tokens: Of the whole document.
-        num_reasoning: Labels of the reasoning span.
-        metadata: `language`, `exercise` and the like; a missing one counts as a value of its own.
+        sample_ids: Their rows in the dataset.
+        num_tokens: Of the whole documents.
+        num_reasoning: Labels of the reasoning spans.
+        metadata: `Column` -> its values; a missing value counts as one of its own.
     """
 
-    sample_id: str
-    num_tokens: int
-    num_reasoning: int
-    metadata: dict[str, Any]
+    sample_ids: pa.Array
+    num_tokens: np.ndarray
+    num_reasoning: np.ndarray
+    metadata: Mapping[Column, pa.Array]
 
 
-def select(candidates: Sequence[Candidate], config: SelectionConfig) -> list[int]:
+def select(pool: Pool, config: SelectionConfig) -> np.ndarray:
     """Indices of the chosen samples, ascending.
 
     Groups of equal metadata get equal budgets; what a small group cannot use goes to the others.
@@ -58,48 +61,75 @@ def select(candidates: Sequence[Candidate], config: SelectionConfig) -> list[int
     hash the sample ids, so that the order of the samples plays no part.
 
     Args:
-        candidates: The samples of one split.
+        pool: The samples of one split.
         config: What to prefer.
 
     Returns:
-        Places in `candidates`. Their tokens differ from the budget by less than one sample.
+        Places in `pool`. Their tokens differ from the budget by less than one sample, where there
+        are enough.
 
     References:
         Efraimidis and Spirakis, "Weighted random sampling with a reservoir" (2006),
         doi:10.1016/j.ipl.2005.11.003. Difference: hashes take the place of random numbers.
     """
-    allowed = [i for i, c in enumerate(candidates) if _allowed(c, config)]
+    allowed = np.flatnonzero(_allowed(pool, config))
     if config.fraction == 1.0:
         return allowed
-    groups: dict[tuple[Hashable, ...], list[int]] = {}
-    for index in allowed:
-        key = tuple(str(candidates[index].metadata.get(name)) for name in config.balance)
-        groups.setdefault(key, []).append(index)
-    sizes = {key: sum(candidates[i].num_tokens for i in found) for key, found in groups.items()}
-    budget = config.fraction * sum(c.num_tokens for c in candidates)
-    chosen: list[int] = []
+    groups, names = _groups(pool, config.balance, allowed)
+    tokens = pool.num_tokens[allowed].astype(np.int64)
+    order = np.lexsort((_clocks(pool, config, allowed), groups))
+    bounds = np.searchsorted(groups[order], np.arange(len(names) + 1))
+    sizes = np.bincount(groups, weights=tokens, minlength=len(names))
+    budget = config.fraction * int(pool.num_tokens.sum(dtype=np.int64))
+    chosen: list[np.ndarray] = []
     # Smallest first: whatever a group leaves unused is shared by those still to come.
-    for place, key in enumerate(sorted(groups, key=lambda k: (sizes[k], k))):
-        share = budget / (len(groups) - place)
-        for index in sorted(groups[key], key=lambda i: _clock(candidates[i], config)):
-            tokens = candidates[index].num_tokens
-            if share < tokens / 2:
-                break
-            share -= tokens
-            budget -= tokens
-            chosen.append(index)
-    return sorted(chosen)
+    for place, group in enumerate(sorted(range(len(names)), key=lambda g: (sizes[g], names[g]))):
+        members = order[bounds[group] : bounds[group + 1]]
+        reached = np.cumsum(tokens[members])
+        # A sample is taken while at least half of it fits, so that the budget is met on average.
+        fits = reached - tokens[members] / 2 <= budget / (len(names) - place)
+        count = len(members) if fits.all() else int(np.argmin(fits))
+        budget -= int(reached[count - 1]) if count else 0
+        chosen.append(members[:count])
+    return allowed[np.sort(np.concatenate(chosen))] if chosen else allowed
 
 
-def _allowed(candidate: Candidate, config: SelectionConfig) -> bool:
-    wanted = (("language", config.languages), ("exercise", config.exercises))
-    return all(not values or candidate.metadata.get(name) in values for name, values in wanted)
+def _allowed(pool: Pool, config: SelectionConfig) -> np.ndarray:
+    """True where a sample is of a wanted language and exercise."""
+    mask = np.ones(len(pool.num_tokens), dtype=bool)
+    wanted: tuple[tuple[Column, tuple[str, ...]], ...] = (
+        ("language", config.languages),
+        ("exercise", config.exercises),
+    )
+    for column, values in wanted:
+        if values:
+            known = pa.array(values, pa.string())
+            mask &= pool.metadata[column].is_in(known).to_numpy(zero_copy_only=False)
+    return mask
 
 
-def _clock(candidate: Candidate, config: SelectionConfig) -> tuple[float, str]:
-    """When the sample's clock rings: exponential with rate = its weight."""
-    text = f"{config.seed} {candidate.sample_id}".encode()
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    uniform = (int.from_bytes(digest, "big") + 1) / (2**64 + 1)
-    weight = max(candidate.num_reasoning, 1) ** config.longer_reasoning
-    return -float(np.log(uniform)) / weight, candidate.sample_id
+def _groups(
+    pool: Pool, columns: Sequence[Column], allowed: np.ndarray
+) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+    """Number of the group of each allowed sample, and the metadata that each number stands for."""
+    codes, values = np.zeros(len(allowed), dtype=np.int64), [()]
+    for column in columns:
+        encoded = pool.metadata[column].dictionary_encode(null_encoding="encode")
+        here = encoded.indices.to_numpy()[allowed]
+        labels = [str(value) for value in encoded.dictionary.to_pylist()]
+        joint, codes = np.unique(codes * len(labels) + here, return_inverse=True)
+        values = [(*values[j // len(labels)], labels[j % len(labels)]) for j in joint]
+    return codes, values
+
+
+def _clocks(pool: Pool, config: SelectionConfig, allowed: np.ndarray) -> np.ndarray:
+    """When each allowed sample's clock rings: exponential with rate = its weight."""
+    key = str(config.seed).encode()
+    hashes = b"".join(
+        hashlib.blake2b(sample_id.encode(), digest_size=8, key=key).digest()
+        for batch in np.array_split(allowed, len(allowed) // _IDS_AT_ONCE + 1)
+        for sample_id in pool.sample_ids.take(pa.array(batch)).to_pylist()
+    )
+    uniform = (np.frombuffer(hashes, dtype="<u8").astype(np.float64) + 1) / (2.0**64 + 1)
+    weights = np.maximum(pool.num_reasoning[allowed], 1.0) ** config.longer_reasoning
+    return -np.log(uniform) / weights
