@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -99,9 +98,15 @@ def run_job(job: str, path: Path) -> None:
         "tokens": tokens,
         "cpu_s": time.process_time() - (0 if job == "builder" else cpu),
         "wall_s": time.perf_counter() - wall,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
     }
     print(json.dumps(result))
+
+
+def peak_mib() -> float:
+    """Most memory that this process ever held; ru_maxrss would count the parent's too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def cpu_name() -> str:
