@@ -45,7 +45,7 @@ def test_rotation_worked_example():
 
 def test_score_and_gradient_worked_example():
     log_freq = (16 * rope_log_frequencies(8, base=1e4)).requires_grad_()
-    omega = grape_frequencies(log_freq, log_freq_scale=16)
+    omega = grape_frequencies(log_freq, log_freq_scale=16.0)
     q = torch.arange(1, 9, dtype=torch.float64) / 8
     k = torch.arange(8, dtype=torch.float64).cos()
     score = turned(q, 7, omega) @ turned(k, 3, omega)
@@ -60,7 +60,7 @@ def test_gradient_of_frequencies_equals_its_formula():
     torch.manual_seed(0)
     q, k = torch.randn(2, 16, dtype=torch.float64)
     log_freq = (torch.randn(8, dtype=torch.float64) * 8 - 16).requires_grad_()
-    omega = grape_frequencies(log_freq, log_freq_scale=16)
+    omega = grape_frequencies(log_freq, log_freq_scale=16.0)
     (turned(q, 50, omega) @ turned(k, 11, omega)).backward()
     w, distance = omega.detach(), 39
     a = q[:8] * k[:8] + q[8:] * k[8:]
@@ -142,13 +142,13 @@ def test_yarn_worked_example():
     assert ramp[at].tolist() == pytest.approx(
         [0, 0.126878, 0.459070, 0.791263, 0.957360, 1], abs=1e-6
     )
-    assert yarn_attention_factor(8) == pytest.approx(1.207944, abs=1e-6)
-    assert yarn_attention_factor(1) == 1
+    assert yarn_attention_factor(8.0) == pytest.approx(1.207944, abs=1e-6)
+    assert yarn_attention_factor(1.0) == 1
 
 
 def test_yarn_of_the_public_teacher():
     yarn = YarnConfig(factor=32, original_length=4_096)
-    stretched = yarn_frequencies(rope_log_frequencies(64, base=150_000).exp(), yarn=yarn)
+    stretched = yarn_frequencies(rope_log_frequencies(64, base=150_000.0).exp(), yarn=yarn)
     assert stretched[[8, 9, 12, 16, 17, 18, 31]].tolist() == pytest.approx(
         [
             5.08132748e-2,
@@ -161,7 +161,7 @@ def test_yarn_of_the_public_teacher():
         ],
         rel=1e-8,
     )
-    assert yarn_attention_factor(32) == pytest.approx(1.346574, abs=1e-6)
+    assert yarn_attention_factor(32.0) == pytest.approx(1.346574, abs=1e-6)
 
 
 def test_yarn_without_stretching_changes_nothing():

@@ -159,7 +159,7 @@ def test_expert_bias_worked_example():
 
 
 def test_health_worked_example():
-    health = router_health(tensor([1, 1, 2, 2, 0, 1, 1, 0]), BIAS)
+    health = router_health(tensor([1.0, 1, 2, 2, 0, 1, 1, 0]), BIAS)
     expected = {
         "cv_pct": 70.710678,
         "entropy": 1.732868,

@@ -148,11 +148,9 @@ def test_reference_equals_naive(window, has_sinks, has_slopes):
 
 def test_penalty_falls_with_distance():
     # Equal keys: weights differ by the penalty alone, exp(-slope) per token back.
-    q = torch.zeros(1, 4, 1, 2, dtype=torch.float64)
+    q = torch.zeros(1, 4, 1, 4, dtype=torch.float64)
     v = torch.eye(4, dtype=torch.float64).view(1, 4, 1, 4)
-    slopes = tensor([0.5])
-    k = torch.zeros(1, 4, 1, 2, dtype=torch.float64)
-    weights = attend_reference(q, k, v, one_document(4), slopes=slopes)[0, 3, 0]
+    weights = attend_reference(q, q, v, one_document(4), slopes=tensor([0.5]))[0, 3, 0]
     ratios = (weights[1:] / weights[:-1]).tolist()
     assert ratios == pytest.approx([2.718281828**0.5] * 3)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vpmoe.models.attention.base import AttentionShape
+from vpmoe.models.attention.base import AttentionShape, LayerView
+from vpmoe.models.attention.sink import AttentionScope
 from vpmoe.models.attention.tpa import TpaConfig, contract
 from vpmoe.models.norm import rms_norm
 from vpmoe.models.positions import rotate, rotation_of
@@ -92,16 +93,12 @@ def test_layer_follows_the_pinned_order(layer):
     first = torch.randn(1, 2, 2, 4, dtype=torch.float64)
     seen = {}
 
-    class View:
-        scope = slopes = None
+    def attend(q, k, v, scope, *, sinks, slopes):
+        seen.update(q=q, k=k, v=v)
+        return q
 
-        @staticmethod
-        def attend(q, k, v, scope, *, sinks, slopes):
-            seen.update(q=q, k=k, v=v)
-            return q
-
-    view = View()
-    view.rotation = rotation
+    scope = AttentionScope(torch.arange(2)[None], None, torch.zeros(1, 2).long(), None)
+    view = LayerView(scope, rotation, None, attend)
     _, own = layer(TOKENS, view, first)
     q, k, v = layer.project(TOKENS)
     torch.testing.assert_close(seen["q"], rotate(layer.q_norm(q), rotation))

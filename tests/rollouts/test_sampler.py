@@ -31,7 +31,7 @@ def logprobs_after(student, sequence):
 
 
 def test_greedy_equals_the_uncached_reference(student, prompts):
-    done = Sampler(student, max_batch=4).generate(prompts, max_new_tokens=12, temperature=0)
+    done = Sampler(student, max_batch=4).generate(prompts, max_new_tokens=12, temperature=0.0)
     for prompt, completion in zip(prompts, done, strict=True):
         sequence = list(prompt)
         for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -80,7 +80,7 @@ class StudentConfig(Config):
         return read_vocab_subset(Path(value)) if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _fits_together(self) -> "StudentConfig":
         problems = [*self._vocabulary_problems(), *self._attention_problems()]
         problems += self._expert_problems()
         if problems:

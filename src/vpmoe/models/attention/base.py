@@ -15,9 +15,9 @@ from vpmoe.models.norm import RmsNorm
 from vpmoe.models.positions import Rotation, rotate
 
 QueriesKeysValues = tuple[
-    Float[Tensor, "batch seq heads dim"],
-    Float[Tensor, "batch seq kv_heads dim"],
-    Float[Tensor, "batch seq kv_heads dim"],
+    Float[Tensor, "batch seq heads head_dim"],
+    Float[Tensor, "batch seq kv_heads head_dim"],
+    Float[Tensor, "batch seq kv_heads head_dim"],
 ]
 
 

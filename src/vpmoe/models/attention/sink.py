@@ -30,19 +30,19 @@ class AttentionScope:
         window_size: Keys a query sees, itself included; None for all.
     """
 
-    query_places: Int[Tensor, "batch seq"]
+    query_places: Int[Tensor, "#batch seq"]
     key_places: Int[Tensor, "batch keys"] | None
     documents: Int[Tensor, "batch seq"] | None
     window_size: int | None
 
     @cached_property
-    def distances(self) -> Int[Tensor, "batch seq keys"]:
+    def distances(self) -> Int[Tensor, "#batch seq keys"]:
         """How far back each key lies."""
         keys = self.query_places if self.key_places is None else self.key_places
         return self.query_places[:, :, None] - keys[:, None, :]
 
     @cached_property
-    def mask(self) -> Float[Tensor, "batch seq keys"]:
+    def mask(self) -> Float[Tensor, "#batch seq keys"]:
         """0 where a query sees a key, -inf elsewhere, float32."""
         keep = self.distances >= 0
         if self.window_size is not None:
@@ -77,7 +77,7 @@ class AttentionScope:
         return _additive(same & (self.block_distances >= 0) & (self.block_distances < size))
 
 
-_NO_DOCUMENT = -2  # what fills up the last block; differs from every document and from padding
+_NO_DOCUMENT = -2.0  # what fills up the last block; differs from every document and from padding
 
 
 def _additive(keep: Tensor) -> Tensor:
