@@ -1,6 +1,7 @@
 """`vpmoe train`: run one stage."""
 
 import importlib
+import os
 from typing import Annotated
 
 import typer
@@ -54,6 +55,8 @@ def _start(settings: object, *, resume: bool, as_json: bool) -> None:
 
     stage = importlib.import_module(type(settings).__module__)
     summary = stage.run(settings, resume=resume, observers=[ProgressBar()])
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes: the first one speaks
     if as_json:
         print_json(summary)
         return
