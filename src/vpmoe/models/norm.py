@@ -6,7 +6,11 @@ from torch import Tensor, nn
 
 
 def widened(values: Tensor) -> Tensor:
-    """The same values in float32, or as they are where they are wider."""
+    """The same values in float32, or as they are where they are wider.
+
+    References:
+        own.
+    """
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
