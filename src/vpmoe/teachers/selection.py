@@ -103,8 +103,8 @@ def _allowed(pool: Pool, config: SelectionConfig) -> np.ndarray:
     )
     for column, values in wanted:
         if values:
-            known = pa.array(values, pa.string())
-            mask &= pool.metadata[column].is_in(known).to_numpy(zero_copy_only=False)
+            codes, labels = _encoded(pool.metadata[column])
+            mask &= np.array([label in values for label in labels])[codes]
     return mask
 
 
@@ -114,12 +114,16 @@ def _groups(
     """Number of the group of each allowed sample, and the metadata that each number stands for."""
     codes, values = np.zeros(len(allowed), dtype=np.int64), [()]
     for column in columns:
-        encoded = pool.metadata[column].dictionary_encode(null_encoding="encode")
-        here = encoded.indices.to_numpy()[allowed]
-        labels = [str(value) for value in encoded.dictionary.to_pylist()]
-        joint, codes = np.unique(codes * len(labels) + here, return_inverse=True)
+        here, labels = _encoded(pool.metadata[column])
+        joint, codes = np.unique(codes * len(labels) + here[allowed], return_inverse=True)
         values = [(*values[j // len(labels)], labels[j % len(labels)]) for j in joint]
     return codes, values
+
+
+def _encoded(column: pa.Array) -> tuple[np.ndarray, list[str]]:
+    """Each entry as a number, and what the numbers stand for; a missing value is "None"."""
+    encoded = column.dictionary_encode(null_encoding="encode")
+    return encoded.indices.to_numpy(), [str(value) for value in encoded.dictionary.to_pylist()]
 
 
 def _clocks(pool: Pool, config: SelectionConfig, allowed: np.ndarray) -> np.ndarray:
