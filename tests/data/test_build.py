@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -316,6 +317,23 @@ def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(tmp_path, small_parqu
     assert ("shard_02", True) in seen
     assert files_of(folder) == files_of(whole)
     assert not (folder / ".build").exists()
+
+
+def test_workers_die_with_a_killed_build(tmp_path):
+    """Else an orphan would write into the shard that the resumed build is making."""
+    path = write_parquet(tmp_path / "x.parquet", rows(20_000))
+    script = SCRIPT.replace("shards=6", "shards=2, workers=2")
+    main = f"if __name__ == '__main__':\n    {script.strip().replace(chr(10), chr(10) + '    ')}"
+    (tmp_path / "build.py").write_text(main)
+    command = [sys.executable, str(tmp_path / "build.py"), str(path), str(tmp_path / "d")]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("d/train/*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert workers and psutil.wait_procs(workers, timeout=20)[1] == []
 
 
 def test_every_data_config_loads_and_the_real_sample_builds(tmp_path, synth_sample):

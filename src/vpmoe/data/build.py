@@ -2,7 +2,9 @@
 
 import fcntl
 import multiprocessing
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -280,6 +282,15 @@ def _run_in_processes(
 def _start_worker(counter: Any) -> None:
     global _counter
     _counter = counter
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """End this worker when the build is killed: the lock is free then, and a resume may start."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(task: ShardTask) -> dict[str, Any]:
