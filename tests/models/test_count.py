@@ -82,6 +82,13 @@ def test_flops_of_the_flagship():
     assert more == pytest.approx(4 * 1_024 * (20 * 1_024 + local))
 
 
+def test_reach_of_distance_penalties_is_reported():
+    assert count(preset("tiny")).penalty_reach_tokens == (40, 160, 640, 2_560)
+    flagship = count(preset("vpmoe-6b")).penalty_reach_tokens
+    assert flagship == (20, 40, 80, 160, 320, 640, 1_280, 2_560)
+    assert count(preset("gpt-oss-20b")).penalty_reach_tokens == ()
+
+
 def test_tying_drops_one_table_and_no_flops():
     untied, tied = count(preset("tiny")), count(preset("tiny", "tie_embeddings=true"))
     assert untied.total - tied.total == 201_088 * 32

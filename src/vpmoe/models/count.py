@@ -9,6 +9,7 @@ from torch import nn
 from vpmoe.models.attention.tpa import TpaConfig
 from vpmoe.models.config import StudentConfig
 from vpmoe.models.init import FLOAT32
+from vpmoe.models.positions import GrapeAConfig, alibi_slopes, penalty_reach
 from vpmoe.models.student import build_student
 
 DEFAULT_SEQ_LEN = 2_048
@@ -69,6 +70,8 @@ class CountReport:
         activation_bytes_per_token: Estimate of what a layer stack keeps for the backward pass
             in bfloat16, without recomputation and without the head.
         cache_bytes_per_sequence: bfloat16 keys and values of one conversation of `seq_len` tokens.
+        penalty_reach_tokens: For each head of layers with distance penalties, where the penalty is
+            10 nats: how far they effectively see. Empty without such layers.
     """
 
     name: str
@@ -86,6 +89,7 @@ class CountReport:
     optimizer_bytes: int
     activation_bytes_per_token: int
     cache_bytes_per_sequence: int
+    penalty_reach_tokens: tuple[float, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -126,6 +130,7 @@ def count(config: StudentConfig, *, seq_len: int = DEFAULT_SEQ_LEN) -> CountRepo
         optimizer_bytes=_optimizer_bytes(model),
         activation_bytes_per_token=_activation_bytes(config),
         cache_bytes_per_sequence=_cache_bytes(config, seq_len),
+        penalty_reach_tokens=_reach(config),
     )
 
 
@@ -220,6 +225,13 @@ def _activation_bytes(config: StudentConfig) -> int:
         units = 2 * (chosen * config.moe.expert_hidden + config.moe.shared_expert_hidden)
         numbers += config.num_moe_layers * (2 * chosen * config.hidden_size + units)
     return 2 * numbers
+
+
+def _reach(config: StudentConfig) -> tuple[float, ...]:
+    positions = [attention.position for attention in config.attention_kinds.values()]
+    if not any(isinstance(position, GrapeAConfig) for position in positions):
+        return ()
+    return penalty_reach(alibi_slopes(config.num_heads))
 
 
 def _cache_bytes(config: StudentConfig, seq_len: int) -> int:

@@ -161,6 +161,18 @@ def alibi_slopes(num_heads: int) -> Float[Tensor, " heads"]:
     return torch.tensor(slopes, dtype=torch.float32)
 
 
+def penalty_reach(slopes: Float[Tensor, " heads"], *, nats: float = 10.0) -> tuple[float, ...]:
+    """How far back each head sees, tokens: where its penalty reaches `nats`.
+
+    With normalised queries and keys a logit is at most sqrt(head_dim), so that what lies much
+    further weighs nothing, however long the context is.
+
+    References:
+        own.
+    """
+    return tuple((nats / slopes).tolist())
+
+
 class Position(nn.Module):
     """How one kind of layer sees order; this base sees none.
 
