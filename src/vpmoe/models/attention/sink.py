@@ -30,7 +30,7 @@ class AttentionScope:
         window_size: Keys a query sees, itself included; None for all.
     """
 
-    query_places: Int[Tensor, "#batch seq"]
+    query_places: Int[Tensor, "rows seq"]
     key_places: Int[Tensor, "batch keys"] | None
     documents: Int[Tensor, "batch seq"] | None
     window_size: int | None
@@ -144,12 +144,12 @@ def sink_softmax(
 def attend_reference(
     queries: Float[Tensor, "batch seq heads dim"],
     keys: Float[Tensor, "batch keys kv_heads dim"],
-    values: Float[Tensor, "batch keys kv_heads dim"],
+    values: Float[Tensor, "batch keys kv_heads value_dim"],
     scope: AttentionScope,
     *,
     sinks: Float[Tensor, " heads"] | None = None,
     slopes: Float[Tensor, " heads"] | None = None,
-) -> Float[Tensor, "batch seq heads dim"]:
+) -> Float[Tensor, "batch seq heads value_dim"]:
     """What each query gathers from the values it sees.
 
     Logits are float32 or wider: q.k / sqrt(dim) - slope * distance, masked, then the softmax with
