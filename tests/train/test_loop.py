@@ -111,6 +111,22 @@ def test_killed_once_and_resumed(tmp_path):
     kill_and_resume(tmp_path, steps=30, delays=[0.03])
 
 
+def test_killed_inside_a_save_and_resumed(tmp_path):
+    often = {"budget": {"steps": 12}, "checkpoint": {"every_steps": 1, "keep": 2}}
+    cut, whole = (train_config(tmp_path / name, **often) for name in ("cut", "whole"))
+    process = start(cut)
+    wait_for_a_checkpoint(Path(cut.run), process)
+    while process.is_alive() and not list(Path(cut.run).glob(".unfinished-*/*")):
+        pass
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    run_on_ranks(cut, num_ranks=1, resume=True)
+    assert not list(Path(cut.run).glob(".unfinished-*"))
+    run_on_ranks(whole, num_ranks=1)
+    assert numbers(Path(cut.run)) == numbers(Path(whole.run))
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(tmp_path):
     draw = random.Random(0)
