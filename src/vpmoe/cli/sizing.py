@@ -17,11 +17,19 @@ Facts = list[tuple[str, str]]
 def facts(config: Config) -> Facts:
     """What a config of any kind comes to."""
     from vpmoe.data.build import DataConfig
+    from vpmoe.evals.suite import EvalConfig
     from vpmoe.models.config import StudentConfig
     from vpmoe.stages.score import ScoreConfig
 
     if isinstance(config, DataConfig):
         return _data_config_facts(config)
+    if isinstance(config, EvalConfig):
+        count = config.problems.count if config.problems else 0
+        return [
+            ("loss on", dataset_line(Path(config.data)) if config.data else "nothing"),
+            ("answers", f"{count} problems" if count else f"{config.prompts} prompts of the data"),
+            ("teacher", config.teacher.path if config.teacher else "none"),
+        ]
     if isinstance(config, StudentConfig):
         return [("student", _student_line(config))]
     if isinstance(config, ScoreConfig):
@@ -31,7 +39,28 @@ def facts(config: Config) -> Facts:
             ("teacher", f"{teacher.kind} {getattr(teacher, 'path', '')}".rstrip()),
             ("data", dataset_line(config.data)),
         ]
+    if isinstance(config, EvalConfig):
+        return _eval_facts(config)
     return _stage_facts(config)
+
+
+def _eval_facts(config: Any) -> Facts:
+    problems, prompts = config.problems, config.prompts
+    facts = []
+    if config.data:
+        documents = f"{config.documents:,}" if config.documents else "all"
+        facts.append(("data", dataset_line(Path(config.data))))
+        facts.append(("held out", f"loss of {documents} {config.split} conversations"))
+    if problems:
+        families = ", ".join(problems.families)
+        facts.append(("problems", f"{problems.count:,} of {families}, seed {problems.seed}"))
+    elif prompts:
+        facts.append(
+            ("prompts", f"{prompts:,}, up to {config.sampling.max_new_tokens:,} tokens each")
+        )
+    if config.teacher:
+        facts.append(("teacher", f"{config.teacher.kind} {config.teacher.path}"))
+    return facts
 
 
 def _stage_facts(config: Any) -> Facts:
