@@ -235,7 +235,7 @@ def test_run_with_a_real_model_of_the_whole_vocabulary(dataset, tmp_path):
         tmp_path / "out",
         data=str(dataset.path),
         teacher={"kind": "local", "path": path, "dtype": "float32"},
-        selection={"fraction": 0.1},
+        selection={"fraction": 0.04},
     )
     manifest = run(config)
     store = open_targets(config.output, dataset)
