@@ -12,6 +12,7 @@ from vpmoe.errors import ConfigError
 CLASSES = {
     "data": "vpmoe.data.build:DataConfig",
     "student": "vpmoe.models.config:StudentConfig",
+    "eval": "vpmoe.evals.suite:EvalConfig",
     "score": "vpmoe.stages.score:ScoreConfig",
     "warm_start": "vpmoe.stages.warm_start:WarmStartConfig",
     "offline": "vpmoe.stages.offline:OfflineConfig",

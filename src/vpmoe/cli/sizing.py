@@ -23,13 +23,6 @@ def facts(config: Config) -> Facts:
 
     if isinstance(config, DataConfig):
         return _data_config_facts(config)
-    if isinstance(config, EvalConfig):
-        count = config.problems.count if config.problems else 0
-        return [
-            ("loss on", dataset_line(Path(config.data)) if config.data else "nothing"),
-            ("answers", f"{count} problems" if count else f"{config.prompts} prompts of the data"),
-            ("teacher", config.teacher.path if config.teacher else "none"),
-        ]
     if isinstance(config, StudentConfig):
         return [("student", _student_line(config))]
     if isinstance(config, ScoreConfig):

@@ -65,6 +65,8 @@ class EvalConfig(Config):
     """What to measure. Each part is left out where what it needs is absent."""
 
     kind: Literal["eval"] = "eval"
+    name: str = Field(default="", pattern=r"^[a-z0-9-]*$")
+    """Part of the report's file name: reports of other names on the same checkpoint stay."""
     data: str = ""
     """Dataset to measure the loss on; empty for none."""
     split: Split = "valid"
@@ -277,9 +279,10 @@ def _provenance(config: EvalConfig, inputs: EvalInputs) -> dict[str, Any]:
     return facts
 
 
-def eval_path(run_dir: Path, step: int) -> Path:
+def eval_path(run_dir: Path, step: int, name: str = "") -> Path:
     """Where the report on a run's checkpoint lies: `vpmoe report` looks there."""
-    return Path(run_dir) / f"eval-step-{step:06d}.json"
+    suffix = f"-{name}" if name else ""
+    return Path(run_dir) / f"eval-step-{step:06d}{suffix}.json"
 
 
 def write_eval(path: Path, report: EvalReport) -> None:

@@ -1,6 +1,5 @@
 """A checkpoint as a folder that transformers reads: weights, config, tokenizer, card, manifest."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,7 +19,13 @@ from vpmoe.export.tokenizer import PAD_ID, STOP_IDS, build_tokenizer
 from vpmoe.models.student import Student
 from vpmoe.storage.atomic import write_error
 from vpmoe.storage.checkpoints import latest_checkpoint
-from vpmoe.storage.manifest import MANIFEST_NAME, file_sha256, provenance, write_manifest
+from vpmoe.storage.manifest import (
+    MANIFEST_NAME,
+    file_sha256,
+    provenance,
+    read_manifest,
+    write_manifest,
+)
 from vpmoe.train.state import load_student
 from vpmoe.vocabulary import O200K_SHA256
 
@@ -70,8 +75,9 @@ def export_hf(
     require_absent(out, overwrite=overwrite)
     student, manifest = load_student(checkpoint)
     step_dir = latest_checkpoint(checkpoint) or checkpoint
-    found = step_dir.parent / f"eval-{step_dir.name}.json"
-    evals = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
+    evals: dict[str, Any] = {}
+    for report in sorted(step_dir.parent.glob(f"eval-{step_dir.name}*.json")):
+        evals |= read_manifest(report)
     return export_student(
         student,
         out,

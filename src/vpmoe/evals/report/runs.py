@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,14 @@ class RunData:
                 return [tokens_seen(row) for row in rows], [float(row[name]) for row in rows]
         return [], []
 
-    @property
+    @cached_property
     def latest_eval(self) -> dict[str, Any]:
-        """The newest evaluation, or an empty dict."""
-        return self.evals[-1] if self.evals else {}
+        """All parts measured of the newest evaluated step; of two like parts the later file's."""
+        merged: dict[str, Any] = {}
+        for report in self.evals:
+            if _eval_step(report) == _eval_step(self.evals[-1]):
+                merged |= report
+        return merged
 
     def measured(self, *path: str) -> Any:
         """A value of the newest evaluation by its keys, or None where it was not measured."""
