@@ -61,3 +61,8 @@ def test_a_larger_share_keeps_the_rows_of_a_smaller_one():
     small = {h for h in hashes if split_of(h, valid_parts(0.01)) == "valid"}
     large = {h for h in hashes if split_of(h, valid_parts(0.05)) == "valid"}
     assert small < large
+
+
+def test_shares_are_the_decimals_they_are_written_as():
+    assert valid_parts(0.07) == 70_000  # 0.07 * 10**6 is a little more in binary
+    assert valid_parts(1e-7) == 1  # the remainder 0 lies below any share

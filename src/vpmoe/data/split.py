@@ -1,6 +1,8 @@
 """Which rows are held out: a function of the row's own id and nothing else."""
 
 import hashlib
+import math
+from fractions import Fraction
 from typing import Literal
 
 Split = Literal["train", "valid"]
@@ -16,8 +18,8 @@ def id_hash(sample_id: str) -> int:
 
 
 def valid_parts(valid_fraction: float) -> int:
-    """How many millionths of the hash range are held out."""
-    return round(valid_fraction * _PARTS)
+    """How many millionths of the hash range are held out: remainders below the fraction's share."""
+    return math.ceil(Fraction(str(valid_fraction)) * _PARTS)  # the decimal as it is written
 
 
 def split_of(hashed_id: int, parts: int) -> Split:
