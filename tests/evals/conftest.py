@@ -5,7 +5,7 @@ import pytest
 
 from vpmoe.data.build import DataConfig, build_dataset
 from vpmoe.data.dataset import Dataset
-from vpmoe.data.harmony import RenderConfig
+from vpmoe.data.harmony import RenderConfig, Renderer
 from vpmoe.data.problems import generate, write_problems
 from vpmoe.models.attention.tpa import TpaConfig
 from vpmoe.models.moe import MoeConfig
@@ -38,7 +38,8 @@ def vocab(data_dir):
         for d in (Dataset(data_dir, "train"), Dataset(data_dir, "valid"))
         for i in range(len(d))
     ]
-    return tuple(np.unique(np.concatenate([*used, STOP_TOKENS])).tolist())
+    asked = [Renderer(RENDER).prompt(p.query) for p in generate(8, seed=4, split="held-out")]
+    return tuple(np.unique(np.concatenate([*used, *asked, STOP_TOKENS])).tolist())
 
 
 @pytest.fixture

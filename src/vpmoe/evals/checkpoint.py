@@ -11,7 +11,7 @@ from vpmoe.train.state import load_student
 def evaluate_checkpoint(checkpoint: Path, config: EvalConfig) -> tuple[EvalReport, Path]:
     """The report on a checkpoint (or on a run's newest one), and where it was written.
 
-    The report lies in the run's folder as `eval-step-NNNNNN-NAME.json`, where `vpmoe report` finds it.
+    The report lies in the run's folder as `eval-step-NNNNNN-NAME.json`; `vpmoe report` looks there.
 
     Raises:
         CheckpointError: If there is no complete checkpoint.
