@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vpmoe.models.student import Student
 
-Row = Mapping[str, float]
+Row = Mapping[str, float | int]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Position:
         return Position(step=self.step + 1, tokens_seen=self.tokens_seen + num_tokens)
 
 
+@runtime_checkable
 class Hook(Protocol):
     """An evaluation inside the loop.
 
@@ -47,6 +48,7 @@ class Hook(Protocol):
         ...
 
 
+@runtime_checkable
 class Observer(Protocol):
     """A reader of the stream of numbers: a progress bar, a tracker. Rank 0 only."""
 
@@ -70,9 +72,9 @@ def is_due(every_steps: int, step: int, num_steps: int) -> bool:
 
 def run_hooks(
     hooks: Sequence[Hook], student: Student, position: Position, num_steps: int
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """The numbers of every hook that is due."""
-    rows: dict[str, float] = {}
+    rows: dict[str, float | int] = {}
     for hook in hooks:
         if is_due(hook.every_steps, position.step, num_steps):
             rows |= hook(student, position)

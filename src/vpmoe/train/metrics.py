@@ -31,7 +31,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float | int] = {}
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -45,19 +45,19 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float | int]:
         """`time/<part>_s` of every part so far."""
         return {f"time/{part}_s": seconds for part, seconds in self.seconds.items()}
 
 
-def loss_metrics(sums: Mapping[str, Tensor], scales: Tensor) -> dict[str, float]:
+def loss_metrics(sums: Mapping[str, Tensor], scales: Tensor) -> dict[str, float | int]:
     """Means per span of one step's global sums; a span without tokens is left out.
 
     Args:
         sums: `LossOutput.sums`, added up over micro-batches and ranks.
         scales: What one token of each span counted for, w_c / N_c.
     """
-    rows: dict[str, float] = {}
+    rows: dict[str, float | int] = {}
     means = {name: value.tolist() for name, value in span_means(sums).items()}
     means["content_loss"] = means.pop("content_nll")
     tokens, content = sums[TOKENS].tolist(), sums[CONTENT_TOKENS].tolist()
@@ -73,7 +73,7 @@ def loss_metrics(sums: Mapping[str, Tensor], scales: Tensor) -> dict[str, float]
     return rows
 
 
-def router_metrics(health: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def router_metrics(health: Mapping[str, Mapping[str, float | int]]) -> dict[str, float | int]:
     """Load of the experts over all layers, and of each (`router/cv_pct/layer_02`).
 
     Args:
@@ -90,7 +90,7 @@ def router_metrics(health: Mapping[str, Mapping[str, float]]) -> dict[str, float
     return rows
 
 
-def memory_metrics(device: torch.device) -> dict[str, float]:
+def memory_metrics(device: torch.device) -> dict[str, float | int]:
     """Memory of this process, and of its GPU with the headroom that is left."""
     rows = {"memory/host_gib": psutil.Process().memory_info().rss / GIB}
     if device.type == "cuda":

@@ -63,7 +63,7 @@ class Replica:
         """Sum the gradients over all ranks."""
         self._ddp.finish_grad_sync()
 
-    def gradient_norms(self) -> dict[str, float]:
+    def gradient_norms(self) -> dict[str, float | int]:
         """Norm of the summed gradient per optimizer role, equal on all ranks."""
         norms = grad_norms(self.parameters.items())
         values = torch.stack([norm.double() for norm in norms.values()]).tolist()
@@ -91,7 +91,7 @@ class Replica:
         if self.world.size > 1:
             self._send_parameters()
 
-    def balance_experts(self, expert_counts: Mapping[str, Tensor]) -> dict[str, float]:
+    def balance_experts(self, expert_counts: Mapping[str, Tensor]) -> dict[str, float | int]:
         """Move each router's bias against its load and start to count anew; what to log."""
         health = {}
         for path, router in self._routers.items():

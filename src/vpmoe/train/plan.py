@@ -27,7 +27,7 @@ class Plan(ABC):
         but must name the same loss.
         """
 
-    def metrics(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float | int]:
         """Numbers of the last step that only the stage knows, the same on every rank."""
         return {}
 

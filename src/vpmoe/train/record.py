@@ -39,7 +39,7 @@ class Record:
         self._flops_per_token = flops_per_token
         self._observers: list[Observer] = list(observers) if run else []
         self._stack = ExitStack()
-        self._last_save_s: dict[str, float] = {}
+        self._last_save_s: dict[str, float | int] = {}
         self._num_steps = 0
 
     def __enter__(self) -> Self:
@@ -67,12 +67,12 @@ class Record:
             self._stack.callback(observer.close)
 
     def row(
-        self, position: Position, parts: Iterable[Mapping[str, float]], watch: Stopwatch
+        self, position: Position, parts: Iterable[Mapping[str, float | int]], watch: Stopwatch
     ) -> None:
         """Write the line of the step just done, if this step is logged."""
         if not self._run or not is_due(self._config.log_every, position.step, self._num_steps):
             return
-        values: dict[str, float] = {"tokens_seen": position.tokens_seen}
+        values: dict[str, float | int] = {"tokens_seen": position.tokens_seen}
         for part in parts:
             values |= part
         values |= watch.metrics() | self._last_save_s | memory_metrics(self._world.device)
@@ -86,7 +86,7 @@ class Record:
         """Keep the time of a checkpoint for the next line: this step's is written already."""
         self._last_save_s = {"time/checkpoint_s": watch.seconds["checkpoint"]}
 
-    def _speed(self, tokens: float, seconds: float) -> dict[str, float]:
+    def _speed(self, tokens: float, seconds: float) -> dict[str, float | int]:
         rows = {"tokens_per_s": tokens / seconds}
         if self._config.peak_tflops and self._flops_per_token:
             peak = self._config.peak_tflops * 1e12 * self._world.size

@@ -40,7 +40,7 @@ class StepSums:
     num_tokens: int
     num_slots: int
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float | int]:
         """Means per span and counts, named for the log."""
         return loss_metrics(self.losses, self.scales) | {
             "train/load_balance_loss": self.load_balance,
@@ -105,7 +105,7 @@ def run_student(student: Student, batch: Batch) -> tuple[LossInputs, Float[Tenso
 
 def apply_gradients(
     replica: Replica, config: TrainConfig, *, step: int, num_steps: int
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Clip, update the parameters, then the routers' biases; returns norms and rates to log.
 
     Raises:
@@ -134,7 +134,7 @@ def span_weights(config: SpanWeightsConfig) -> Float[Tensor, " span"]:
     return torch.tensor([values.get(span, 0.0) for span in Span], dtype=torch.float64)
 
 
-def _refuse_non_finite(values: dict[str, float]) -> None:
+def _refuse_non_finite(values: dict[str, float | int]) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
             raise RunError(
