@@ -186,6 +186,13 @@ def test_eval_defaults_to_the_runs_own_data_and_repeats_itself(folder, capsys):
     assert (folder / "run" / "eval-step-000002.json").is_file()
 
 
+def test_eval_dry_run_writes_nothing(folder, capsys):
+    before = sorted(folder.glob("run/*"))
+    assert main.run(["eval", str(folder / "run"), "documents=1", "name=dry", "--dry-run"]) == 0
+    assert "loss of 1 valid conversations" in capsys.readouterr().out
+    assert sorted(folder.glob("run/*")) == before
+
+
 def test_eval_on_screen_shows_losses_answers_and_form(folder, capsys):
     words = ["eval", str(folder / "run"), "documents=2", "problems.count=6"]
     words += ["sampling.max_new_tokens=4", "render.system=false", f"data={folder}/dataset"]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vpmoe.cli.grammar import Json, Overrides
+from vpmoe.cli.grammar import DryRun, Json, Overrides
 from vpmoe.cli.render import print_facts, print_json, print_table
 
 Checkpoint = Annotated[
@@ -21,6 +21,7 @@ def evaluate(
     checkpoint: Checkpoint,
     overrides: Overrides = None,
     suite: Suite = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Measure held-out loss, form, right answers and lengths of a checkpoint.
@@ -29,6 +30,7 @@ def evaluate(
     without a dataset or problems, it is the dataset that the run was trained on. The report is
     kept in the run's folder, where `vpmoe report` finds it. Same checkpoint, same numbers.
     """
+    from vpmoe.cli.sizing import facts
     from vpmoe.config import apply_overrides, read_tree, validate
     from vpmoe.evals.checkpoint import evaluate_checkpoint
     from vpmoe.evals.suite import EvalConfig
@@ -37,6 +39,9 @@ def evaluate(
     if not tree.get("data") and not tree.get("problems"):
         tree["data"] = _own_data(checkpoint)
     config = validate(EvalConfig, tree, source=str(suite or "eval"))
+    if dry_run:
+        print_facts([("model", str(checkpoint)), *facts(config)])
+        return
     report, path = evaluate_checkpoint(checkpoint, config)
     found = report.as_dict()
     if as_json:
