@@ -88,10 +88,10 @@ def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         means = (f"{name} {lengths[name]['mean']:.0f}" for name in ("reasoning", "final"))
         cut = _percent(lengths["truncated"])
         facts.append(("mean tokens", f"{', '.join(means)}; {cut} reached the cap"))
-    for name, value in found.get("teacher_gap", {}).items():
-        facts.append(
-            (f"teacher {name}", f"{value:.4g}" if isinstance(value, float) else str(value))
-        )
+    if "teacher_gap" in found:
+        gap = found["teacher_gap"]
+        k3, tokens = gap["k3"]["all"], gap["token_counts"]["all"]
+        facts.append(("reverse KL", f"{k3:.4f} nats per token to the teacher, {tokens:,} tokens"))
     return facts
 
 
