@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import shapes
+
+shapes.install()
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
