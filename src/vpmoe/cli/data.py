@@ -51,7 +51,7 @@ def show(
     example: Annotated[int, typer.Option("--example", help="Which conversation, from 0.")] = 0,
     split: Split = "train",
 ) -> None:
-    """Print one conversation in color: prompt, reasoning, final, masks, token count.
+    """Print one conversation in color, with its masks and counts.
 
     DATASET may name a split too, as in data/synth-kd-v1/valid.
     """
@@ -67,9 +67,10 @@ def show(
 
 @app.command()
 def verify(dataset: DatasetFolder, as_json: Json = False) -> None:
-    """Check a dataset against its manifest: hashes, alignment, spans, structure.
+    """Check every byte of a dataset against its manifest.
 
-    Exits with 3 when anything is wrong.
+    Hashes, alignment, masks, spans, structure of the tokens, counts. Exits with 3 when anything is
+    wrong.
     """
     from dataclasses import asdict
 

@@ -19,7 +19,7 @@ def demo(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Distil a teacher into a tiny student through all stages, on a laptop.
+    """Distil a teacher into a tiny student, stage by stage, on a laptop.
 
     A baseline with the same student and as many tokens learns by cross-entropy alone. The table
     says what each stage bought, and whether the pipeline beat the baseline.

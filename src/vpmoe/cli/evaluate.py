@@ -24,7 +24,7 @@ def evaluate(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Measure held-out loss, form, right answers and lengths of a checkpoint.
+    """Measure loss, form, right answers and lengths of a checkpoint.
 
     What to measure comes from --suite and KEY=VALUE, as in data=data/synth-kd-v1 documents=64;
     without a dataset or problems, it is the dataset that the run was trained on. The report is

@@ -18,9 +18,9 @@ def report(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Draw runs on one self-contained HTML page, and its charts as PNG files.
+    """Draw runs on one self-contained HTML page.
 
-    Several runs are compared side by side: the stages of a pipeline, or a run and its baseline.
+    Its charts are kept as PNG files too. Several runs are compared side by side: the stages of a pipeline, or a run and its baseline.
     """
     page = out / "index.html"
     if page.exists() and not overwrite:

@@ -16,7 +16,7 @@ def score(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Let a teacher score a dataset's answers and keep its log-probs on disk.
+    """Keep on disk what a teacher thinks of a dataset's answers.
 
     An interrupted run goes on where it stopped; nothing is scored twice.
     """
