@@ -2,7 +2,6 @@
 .PHONY: setup demo test check docs test-slow test-gpu
 
 export OMP_NUM_THREADS ?= 1
-export PYTHONDONTWRITEBYTECODE ?= 1
 bin := .venv/bin
 pytest := $(bin)/python -m pytest
 

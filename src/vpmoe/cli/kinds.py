@@ -29,7 +29,8 @@ def class_of(kind: str) -> type[Config]:
 def load_any(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in a file of any kind, validated.
 
-    A file without `kind` is of the kind that knows most of its keys.
+    A file without `kind` is of the first kind that knows all of its keys, else of the one that
+    knows most of them.
 
     Raises:
         ConfigError: If no kind fits, or the settings are wrong.
@@ -46,7 +47,11 @@ def _kind_of(tree: Tree, path: Path) -> str:
         near = difflib.get_close_matches(kind, CLASSES, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else f"kinds: {', '.join(CLASSES)}"
         raise ConfigError([(f"{path}: there is no kind {kind!r}", hint)])
-    known = {kind: len(tree.keys() & class_of(kind).model_fields.keys()) for kind in CLASSES}
+    known = {}
+    for kind in CLASSES:
+        known[kind] = len(tree.keys() & class_of(kind).model_fields.keys())
+        if tree and known[kind] == len(tree):
+            return kind  # knows every key: no need to import the heavier ones
     best = max(known.values())
     likely = [kind for kind, count in known.items() if count == best]
     if best == 0 or len(likely) > 1:

@@ -20,7 +20,8 @@ def report(
 ) -> None:
     """Draw runs on one self-contained HTML page.
 
-    Its charts are kept as PNG files too. Several runs are compared side by side: the stages of a pipeline, or a run and its baseline.
+    Its charts are kept as PNG files too. Several runs are compared side by side: the stages of a
+    pipeline, or a run and its baseline.
     """
     page = out / "index.html"
     if page.exists() and not overwrite:

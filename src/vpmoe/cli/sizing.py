@@ -1,6 +1,6 @@
 """The facts that `vpmoe check` shows: all of them derived, none typed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +16,22 @@ Facts = list[tuple[str, str]]
 
 def facts(config: Config) -> Facts:
     """What a config of any kind comes to."""
-    from vpmoe.data.build import DataConfig
-    from vpmoe.evals.suite import EvalConfig
-    from vpmoe.models.config import StudentConfig
-    from vpmoe.stages.score import ScoreConfig
+    by_kind: dict[str, Callable[[Any], Facts]] = {
+        "data": _data_config_facts,
+        "eval": _eval_facts,
+        "score": _score_facts,
+        "student": lambda student: [("student", _student_line(student))],
+    }
+    return by_kind.get(getattr(config, "kind", ""), _stage_facts)(config)
 
-    if isinstance(config, DataConfig):
-        return _data_config_facts(config)
-    if isinstance(config, StudentConfig):
-        return [("student", _student_line(config))]
-    if isinstance(config, ScoreConfig):
-        teacher, share = config.teacher, config.selection.fraction
-        return [
-            ("score", f"{100 * share:.0f} % of the {config.split} tokens, to {config.output}"),
-            ("teacher", f"{teacher.kind} {getattr(teacher, 'path', '')}".rstrip()),
-            ("data", dataset_line(config.data)),
-        ]
-    if isinstance(config, EvalConfig):
-        return _eval_facts(config)
-    return _stage_facts(config)
+
+def _score_facts(config: Any) -> Facts:
+    share = 100 * config.selection.fraction
+    return [
+        ("score", f"{share:.0f} % of the {config.split} tokens, to {config.output}"),
+        ("teacher", f"{config.teacher.kind} {config.teacher.path}"),
+        ("data", dataset_line(config.data)),
+    ]
 
 
 def _eval_facts(config: Any) -> Facts:
