@@ -5,6 +5,9 @@ import sys
 
 import numpy as np
 import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vpmoe.data import o200k as module
 from vpmoe.data.o200k import decode, encode, harmony_encoding, o200k, rank_file, spell, token_bytes
@@ -48,6 +51,24 @@ def test_equal_to_the_reference_on_hard_text():
     for text in texts:
         expected = harmony_encoding().encode(text, disallowed_special=())
         assert encode(text).tolist() == expected
+
+
+@pytest.fixture(scope="module")
+def official():
+    ranks = {token: i for i, token in enumerate(token_bytes())}
+    return tiktoken.Encoding(
+        "official", pat_str=module.O200K_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+
+
+letters = st.sampled_from("aZéſßǅʰ漢ا́7२Ⅷ '\u2019sSlLdD!/.\t\r\n\u00a0\u2003\u200d🙂")
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.one_of(st.text(letters, max_size=40), st.text(max_size=40)))
+def test_the_regrouped_pattern_splits_alike(official, text):
+    assert encode(text).tolist() == official.encode_ordinary(text)
+    assert encode(text).tolist() == harmony_encoding().encode(text, disallowed_special=())
 
 
 def test_special_names_are_text_in_and_names_out():
