@@ -114,7 +114,8 @@ def o200k() -> tiktoken.Encoding:
 @cache
 def _spelled() -> pa.Array:
     """The bytes of every id, special tokens by name."""
-    return pa.array([o200k().decode_single_token_bytes(i) for i in range(VOCAB_SIZE)], pa.binary())
+    specials = [o200k().decode_single_token_bytes(i) for i in range(NUM_RANKS, VOCAB_SIZE)]
+    return pa.array([*token_bytes(), *specials], pa.binary())
 
 
 def spell(tokens: np.ndarray) -> bytes:
