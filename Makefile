@@ -2,6 +2,7 @@
 .PHONY: setup demo test check docs test-slow test-gpu
 
 export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE  # without compiled files megatron-core takes ten seconds to import
 bin := .venv/bin
 pytest := $(bin)/python -m pytest
 
