@@ -17,6 +17,7 @@ CLASSES = {
     "warm_start": "vpmoe.stages.warm_start:WarmStartConfig",
     "offline": "vpmoe.stages.offline:OfflineConfig",
     "on_policy": "vpmoe.stages.on_policy:OnPolicyConfig",
+    "demo": "vpmoe.stages.demo:DemoConfig",
 }
 
 

@@ -20,9 +20,30 @@ def facts(config: Config) -> Facts:
         "data": _data_config_facts,
         "eval": _eval_facts,
         "score": _score_facts,
+        "demo": _demo_facts,
         "student": lambda student: [("student", _student_line(student))],
     }
     return by_kind.get(getattr(config, "kind", ""), _stage_facts)(config)
+
+
+def _demo_facts(config: Any) -> Facts:
+    corpus = config.corpus
+    stages = {
+        "stage 1": config.warm_start,
+        "stage 2": config.offline,
+        "stage 3": config.on_policy,
+        "baseline": config.baseline,
+    }
+    return [
+        ("demo", f"{config.run}/, seed {config.seed}"),
+        ("teacher", config.on_policy.teacher.path),
+        (
+            "corpus",
+            f"{corpus.traces:,} traces, {corpus.flawed_share:.0%} of them flawed, "
+            f"{corpus.prompts:,} prompts",
+        ),
+        *((name, f"{stage.budget.tokens:,} student tokens") for name, stage in stages.items()),
+    ]
 
 
 def _score_facts(config: Any) -> Facts:

@@ -2,9 +2,7 @@
 
 import fcntl
 import multiprocessing
-import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -43,6 +41,7 @@ from vpmoe.storage.manifest import (
     read_manifest,
     write_manifest,
 )
+from vpmoe.storage.processes import die_with_parent
 
 Progress = Callable[[int, int], None]  # called with (rows done, rows in all)
 
@@ -282,15 +281,7 @@ def _run_in_processes(
 def _start_worker(counter: Any) -> None:
     global _counter
     _counter = counter
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """End this worker when the build is killed: the lock is free then, and a resume may start."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    die_with_parent()  # the lock is free then, and a resumed build may start
 
 
 def _work(task: ShardTask) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from vpmoe.config import Config, fingerprint, resolved
 from vpmoe.data.dataset import Dataset
 from vpmoe.data.harmony import RenderConfig, Renderer
 from vpmoe.data.problem_families import FAMILIES
-from vpmoe.data.problems import Problem, generate
+from vpmoe.data.problems import Alphabet, Problem, generate
 from vpmoe.data.split import Split
 from vpmoe.errors import ConfigError
 from vpmoe.evals.exact_match import ExactMatch, exact_match
@@ -46,6 +46,8 @@ class ProblemsConfig(Config):
     """Which ones."""
     families: tuple[str, ...] = tuple(FAMILIES)
     """Kinds of problems."""
+    alphabet: Alphabet = "full"
+    """How many numbers and words the questions draw from."""
 
 
 class SamplingConfig(Config):
@@ -154,7 +156,13 @@ def open_inputs(config: EvalConfig) -> EvalInputs:
     problems: tuple[Problem, ...] = ()
     if wanted:
         problems = tuple(
-            generate(wanted.count, seed=wanted.seed, split="held-out", families=wanted.families)
+            generate(
+                wanted.count,
+                seed=wanted.seed,
+                split="held-out",
+                families=wanted.families,
+                alphabet=wanted.alphabet,
+            )
         )
     teacher = config.teacher.build() if config.teacher else None
     return EvalInputs(dataset, train, problems, teacher)
