@@ -256,6 +256,7 @@ def _open_folder(folder: Path, config: DemoConfig, *, overwrite: bool) -> None:
                 hint="start anew with --overwrite, or choose another run=FOLDER",
             )
         return
+    folder.mkdir(parents=True, exist_ok=True)
     write_manifest(folder / CONFIG_FILE, {"config": tree, "fingerprint": fingerprint(tree)})
 
 
