@@ -2,12 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from vpmoe.errors import ConfigError
-from vpmoe.models.attention.sink import attend_reference
+from vpmoe.models.attention.sink import AttentionScope, attend_reference
 from vpmoe.models.experts import moe_reference
+from vpmoe.models.router import route_reference
+
+KernelsName = Literal["reference", "fused"]
 
 
 @dataclass(frozen=True)
@@ -15,27 +20,66 @@ class Kernels:
     """One implementation of everything that a faster one may replace.
 
     Attributes:
-        attend: Same arguments and result as `attend_reference`.
+        attend: Same arguments and result as `attend_reference`, but for the scope.
         moe: Same arguments and result as `moe_reference`.
+        route: Same arguments and result as `route_reference`.
+        scope: What `attend` wants to know of an `AttentionScope`, made once per batch.
+        region: Wraps what lies between the others, a layer's dense part.
+        require: Refuses students, devices and dtypes that it does not compute.
     """
 
     attend: Callable[..., Tensor]
     moe: Callable[..., Tensor]
+    route: Callable[..., Any]
+    scope: Callable[[AttentionScope], Any]
+    region: Callable[[Callable[..., Any]], Callable[..., Any]]
+    require: Callable[..., None]
 
 
-KERNELS = {"reference": Kernels(attend=attend_reference, moe=moe_reference)}
+def _same(value: Any) -> Any:
+    return value
+
+
+def _anything(config: Any, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    del config, device, dtype
+
+
+REFERENCE = Kernels(
+    attend=attend_reference,
+    moe=moe_reference,
+    route=route_reference,
+    scope=_same,
+    region=_same,
+    require=_anything,
+)
 
 
 def kernels_named(name: str) -> Kernels:
     """The implementation of that name.
 
     Raises:
-        ConfigError: If there is none; another one is never taken in its place.
+        ConfigError: If there is none, or not here; another one is never taken in its place.
 
     References:
         own.
     """
-    if name not in KERNELS:
-        known = ", ".join(KERNELS)
-        raise ConfigError([(f"kernels {name!r} are not available", f"known kernels: {known}")])
-    return KERNELS[name]
+    if name == "reference":
+        return REFERENCE
+    if name != "fused":
+        raise ConfigError(
+            [(f"kernels {name!r} are not available", "known kernels: reference, fused")]
+        )
+    if not torch.cuda.is_available():
+        build = torch.__version__ if torch.version.cuda else f"{torch.__version__} without CUDA"
+        raise ConfigError(
+            [
+                (
+                    f"kernels 'fused' need an NVIDIA GPU, found none (torch {build})",
+                    'set kernels = "reference", or run on a machine with a GPU',
+                )
+            ]
+        )
+    # Triton, which comes with CUDA builds of PyTorch only, is imported from here on.
+    from vpmoe.models.fused import FUSED
+
+    return FUSED

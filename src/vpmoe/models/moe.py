@@ -1,9 +1,7 @@
 """The mixture-of-experts layer: router, routed experts, shared expert and its weight."""
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
@@ -12,7 +10,13 @@ from vpmoe.config import Config
 from vpmoe.models.experts import Experts
 from vpmoe.models.kernels import Kernels
 from vpmoe.models.mlp import Activation, Mlp
-from vpmoe.models.router import DeepseekV3Config, Router, RouterConfig, Segments, load_balance_sum
+from vpmoe.models.router import (
+    DeepseekV3Config,
+    MoeStatistics,
+    Router,
+    RouterConfig,
+    Segments,
+)
 
 
 class ConstantWeight(Config):
@@ -79,19 +83,6 @@ def shared_expert_weight(schedule: SharedWeightConfig, *, tokens_seen: int) -> f
             return 1.0
 
 
-@dataclass(frozen=True)
-class MoeStatistics:
-    """What routing a batch through one layer leaves behind.
-
-    Attributes:
-        load_balance_sum: Sum over documents of sum_i f_i P_i, with grad.
-        tokens_per_expert: Tokens sent to each expert, padding left out, float32.
-    """
-
-    load_balance_sum: Float[Tensor, ""]
-    tokens_per_expert: Float[Tensor, " experts"]
-
-
 class Moe(nn.Module):
     """A feed-forward layer of routed experts and a shared one."""
 
@@ -126,32 +117,33 @@ class Moe(nn.Module):
                 hidden_size, config.shared_expert_hidden, activation=activation, bias=bias
             )
 
-    def forward(
+    def add_shared(
         self,
+        stream: Float[Tensor, "batch seq dim"],
+        hidden: Float[Tensor, "batch seq dim"],
+        shared_weight: Float[Tensor, ""] | None,
+    ) -> Float[Tensor, "batch seq dim"]:
+        """The residual stream with the shared expert's output for the normed states."""
+        if self.shared is None:
+            return stream
+        shared = self.shared(hidden)
+        return stream + (shared if shared_weight is None else shared * shared_weight.to(stream))
+
+    def add_routed(
+        self,
+        stream: Float[Tensor, "batch seq dim"],
         hidden: Float[Tensor, "batch seq dim"],
         segments: Segments | None,
-        shared_weight: Float[Tensor, ""] | None,
     ) -> tuple[Float[Tensor, "batch seq dim"], MoeStatistics | None]:
-        """What the layer adds to the residual stream, and statistics where documents are given."""
+        """The residual stream with the routed experts' outputs, and where the tokens went."""
         rows = hidden.flatten(0, 1)
-        routing = self.router(rows)
+        expert_ids, expert_weights, statistics = self.kernels.route(self.router, rows, segments)
         out = self.kernels.moe(
             rows,
-            routing.expert_ids,
-            routing.expert_weights,
+            expert_ids,
+            expert_weights,
             self.experts.weights,
             activation=self.activation,
+            residual=stream.flatten(0, 1),
         )
-        if self.shared is not None:
-            shared = self.shared(rows)
-            out = out + (shared if shared_weight is None else shared * shared_weight.to(out.dtype))
-        statistics = None
-        if segments is not None:
-            count = self.router.num_experts_per_token
-            counts = torch.zeros_like(self.router.local_tokens_per_expert)
-            real = segments.is_real.to(counts.dtype)[:, None].expand_as(routing.expert_ids)
-            counts.scatter_add_(0, routing.expert_ids.flatten(), real.flatten())
-            statistics = MoeStatistics(
-                load_balance_sum(routing.scores, segments, count=count), counts
-            )
         return out.view_as(hidden), statistics

@@ -70,6 +70,19 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class MoeStatistics:
+    """What routing a batch through one layer leaves behind.
+
+    Attributes:
+        load_balance_sum: Sum over documents of sum_i f_i P_i, with grad.
+        tokens_per_expert: Tokens sent to each expert, padding left out, float32.
+    """
+
+    load_balance_sum: Float[Tensor, ""]
+    tokens_per_expert: Float[Tensor, " experts"]
+
+
+@dataclass(frozen=True)
 class Segments:
     """Documents of a batch, numbered through.
 
@@ -291,3 +304,23 @@ class Router(nn.Module):
         """Move the selection bias by one step, given token counts over the whole global batch."""
         rate = self.config.expert_bias_rate
         self.expert_bias.copy_(shifted_expert_bias(self.expert_bias, counts, rate=rate))
+
+
+def route_reference(
+    router: Router, hidden: Float[Tensor, "rows dim"], segments: Segments | None
+) -> tuple[Int[Tensor, "rows chosen"], Float[Tensor, "rows chosen"], MoeStatistics | None]:
+    """Experts and weights of each token, and statistics where documents are given.
+
+    What a fused router has to equal, in values and in gradients.
+
+    References:
+        own; see the functions it calls.
+    """
+    routing = router(hidden)
+    if segments is None:
+        return routing.expert_ids, routing.expert_weights, None
+    counts = torch.zeros_like(router.local_tokens_per_expert)
+    real = segments.is_real.to(counts.dtype)[:, None].expand_as(routing.expert_ids)
+    counts.scatter_add_(0, routing.expert_ids.flatten(), real.flatten())
+    balance = load_balance_sum(routing.scores, segments, count=router.num_experts_per_token)
+    return routing.expert_ids, routing.expert_weights, MoeStatistics(balance, counts)

@@ -16,10 +16,10 @@ from vpmoe.models.config import StudentConfig
 from vpmoe.models.init import cast_parameters, init_weights
 from vpmoe.models.kernels import Kernels, kernels_named
 from vpmoe.models.mlp import Linear, Mlp
-from vpmoe.models.moe import ConstantWeight, Moe, MoeStatistics, shared_expert_weight
+from vpmoe.models.moe import ConstantWeight, Moe, shared_expert_weight
 from vpmoe.models.norm import RmsNorm
 from vpmoe.models.positions import Position, build_position
-from vpmoe.models.router import Router, Segments, segments_of
+from vpmoe.models.router import MoeStatistics, Router, Segments, segments_of
 from vpmoe.vocabulary import VocabSubset
 
 __all__ = ["Student", "StudentConfig", "StudentOutput", "build_student"]
@@ -61,6 +61,7 @@ class Layer(nn.Module):
             norm_eps=config.norm_eps,
         )
         size, activation, bias = config.hidden_size, config.activation, config.mlp_bias
+        self.kernels = kernels
         self.attention_norm = RmsNorm(size, eps=config.norm_eps)
         self.attention = config.attention_of(number).build(shape)
         self.mlp_norm = RmsNorm(size, eps=config.norm_eps)
@@ -82,13 +83,34 @@ class Layer(nn.Module):
         cache: LayerCache | None,
     ) -> LayerResult:
         """The stream after the layer, its values before mixing, and routing statistics."""
-        mixed, values = self.attention(self.attention_norm(hidden), view, first_values, cache)
-        hidden = hidden + mixed
-        normed = self.mlp_norm(hidden)
-        if isinstance(self.mlp, Moe):
-            added, statistics = self.mlp(normed, segments, shared_weight)
-            return hidden + added, values, statistics
-        return hidden + self.mlp(normed), values, None
+        # A cache grows by a token per call: nothing to compile for.
+        dense = self.kernels.region(dense_part) if cache is None else dense_part
+        hidden, normed, values = dense(self, hidden, first_values, view, shared_weight, cache)
+        if not isinstance(self.mlp, Moe):
+            return hidden, values, None
+        hidden, statistics = self.mlp.add_routed(hidden, normed, segments)
+        return hidden, values, statistics
+
+
+def dense_part(
+    layer: Layer,
+    hidden: Float[Tensor, "batch seq dim"],
+    first_values: Tensor | None,
+    view: LayerView,
+    shared_weight: Tensor | None,
+    cache: LayerCache | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer without its routed experts: the stream, the experts' input, the layer's values.
+
+    References:
+        own.
+    """
+    mixed, values = layer.attention(layer.attention_norm(hidden), view, first_values, cache)
+    hidden = hidden + mixed
+    normed = layer.mlp_norm(hidden)
+    if isinstance(layer.mlp, Moe):
+        return layer.mlp.add_shared(hidden, normed, shared_weight), normed, values
+    return hidden + layer.mlp(normed), normed, values
 
 
 class Student(nn.Module):
@@ -254,7 +276,10 @@ class Student(nn.Module):
             position = self.positions[kind]
             assert isinstance(position, Position)
             views[kind] = LayerView(
-                scope, position.rotation(positions), position.slopes, self.kernels.attend
+                self.kernels.scope(scope),
+                position.rotation(positions),
+                position.slopes,
+                self.kernels.attend,
             )
         return views
 
@@ -277,11 +302,13 @@ def build_student(
         kernels: Name of the implementation of the hot paths.
 
     Raises:
-        ConfigError: If there are no kernels of that name.
+        ConfigError: If there are no kernels of that name here, or if they do not compute this
+            student; others are never taken in their place.
 
     References:
         own; the parts cite their sources.
     """
+    kernels_named(kernels).require(config, device=device, dtype=dtype)
     with torch.device(device):
         student = Student(config, kernels=kernels)
     if torch.device(device).type != "meta":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vpmoe.config import Config
 from vpmoe.models.attention.base import Attention, AttentionShape, QueriesKeysValues
 from vpmoe.models.mlp import Linear
+from vpmoe.models.norm import widened
 from vpmoe.models.positions import GrapeMConfig, PositionConfig
 
 
@@ -49,7 +50,12 @@ def contract(
         Difference: bias, QK-norm and rotation come after the product, not on its factors.
     """
     heads = mixture.unflatten(-1, (-1, rank))  # (B, T, N, R)
-    return (heads @ vectors.unflatten(-1, (rank, -1))) / rank
+    of_rank = vectors.unflatten(-1, (rank, -1))  # (B, T, R, H)
+    if not torch.compiler.is_compiling():
+        return (heads @ of_rank) / rank
+    # A compiler merges sums of products with what follows; tiny matrix products it cannot.
+    terms = [widened(heads[..., r, None]) * widened(of_rank[..., None, r, :]) for r in range(rank)]
+    return (sum(terms[1:], terms[0]) / rank).to(heads.dtype)
 
 
 class Tpa(Attention):

@@ -1,0 +1,184 @@
+"""The hot paths on one GPU: the kernels room behind the reference's signatures."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch._dynamo
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vpmoe.errors import ConfigError
+from vpmoe.kernels import attention
+from vpmoe.models.attention.sink import AttentionScope, attend_reference
+from vpmoe.models.config import StudentConfig
+from vpmoe.models.experts import ExpertWeights
+from vpmoe.models.kernels import Kernels
+from vpmoe.models.mlp import Activation
+from vpmoe.models.router import DeepseekV3Config, MoeStatistics, Router, Segments
+
+MAX_EXPERTS = 256  # one program holds all scores of a token
+REGIONS = 64  # kinds of layers, shapes and modes that may be compiled before a run stops
+
+
+def scope_fused(scope: AttentionScope) -> AttentionScope | attention.BlockScope:
+    """The table of blocks of a packed batch; a cached conversation's scope as it is.
+
+    References:
+        own.
+    """
+    if scope.documents is None:
+        return scope
+    return attention.block_scope(scope.documents, window_size=scope.window_size)
+
+
+def attend_fused(
+    queries: Float[Tensor, "batch seq heads dim"],
+    keys: Float[Tensor, "batch keys kv_heads dim"],
+    values: Float[Tensor, "batch keys kv_heads dim"],
+    scope: AttentionScope | attention.BlockScope,
+    *,
+    sinks: Float[Tensor, " heads"] | None = None,
+    slopes: Float[Tensor, " heads"] | None = None,
+) -> Float[Tensor, "batch seq heads dim"]:
+    """What each query gathers: by FlexAttention in packed rows, by the reference from a cache.
+
+    References:
+        own; see `kernels.attention.attend`.
+    """
+    if isinstance(scope, AttentionScope):
+        return attend_reference(queries, keys, values, scope, sinks=sinks, slopes=slopes)
+    return attention.attend(queries, keys, values, scope, sinks=sinks, slopes=slopes)
+
+
+def moe_fused(
+    hidden: Float[Tensor, "rows dim"],
+    expert_ids: Int[Tensor, "rows chosen"],
+    expert_weights: Float[Tensor, "rows chosen"],
+    experts: ExpertWeights,
+    *,
+    activation: Activation,
+    residual: Float[Tensor, "rows dim"] | None = None,
+) -> Float[Tensor, "rows dim"]:
+    """Sum of each token's chosen experts, in few kernels.
+
+    References:
+        own; see `kernels.experts.routed_experts`.
+    """
+    from vpmoe.kernels.experts import routed_experts
+
+    assert activation == "relu2"
+    assert experts.up_bias is not None and experts.down_bias is not None
+    return routed_experts(
+        hidden,
+        experts.up,
+        experts.up_bias,
+        experts.down,
+        experts.down_bias,
+        expert_weights,
+        expert_ids,
+        residual,
+    )
+
+
+def route_fused(
+    router: Router, hidden: Float[Tensor, "rows dim"], segments: Segments | None
+) -> tuple[Int[Tensor, "rows chosen"], Float[Tensor, "rows chosen"], MoeStatistics | None]:
+    """Experts and weights of each token, and statistics where documents are given.
+
+    References:
+        own; see `kernels.router.route`.
+    """
+    from vpmoe.kernels.router import Documents, GroupChoice, route
+
+    config = router.config
+    assert isinstance(config, DeepseekV3Config)
+    choice = GroupChoice(
+        num_groups=config.num_groups,
+        num_kept=config.num_groups_kept,
+        num_judges=config.group_score_topk,
+        count=router.num_experts_per_token,
+        scaling=config.scaling,
+    )
+    documents = None
+    if segments is not None:
+        documents = Documents(segments.ids, segments.lengths, segments.num_documents)
+    routed = route(
+        hidden, router.weight, router.bias, router.expert_bias, choice=choice, documents=documents
+    )
+    if segments is None:
+        return routed.expert_ids, routed.expert_weights, None
+    statistics = MoeStatistics(routed.load_balance_sum, routed.tokens_per_expert)
+    return routed.expert_ids, routed.expert_weights, statistics
+
+
+@cache
+def compiled_region(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled once per kind of layer and shape, without a graph break.
+
+    More kinds and shapes than `REGIONS` stop the run: they would recompile for ever.
+
+    References:
+        own.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, REGIONS)
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def require_fused(config: StudentConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Refuse what the kernels do not compute.
+
+    Raises:
+        ConfigError: Naming everything that is in the way.
+
+    References:
+        own.
+    """
+    problems = []
+    if torch.device(device).type != "cuda":
+        problems.append((f"kernels 'fused' on device {str(device)!r}", 'set device = "cuda"'))
+    if dtype != torch.bfloat16:
+        problems.append((f"kernels 'fused' with {dtype} weights", 'set dtype = "bfloat16"'))
+    size, head = config.hidden_size, config.head_dim
+    problems += _not_power("head_dim", head, low=16, high=256)
+    if size % 64:
+        problems.append((f"kernels 'fused' with hidden_size {size}", "a multiple of 64 fits"))
+    moe = config.moe
+    if moe is not None:
+        problems += _not_power("moe.num_experts", moe.num_experts, low=16, high=MAX_EXPERTS)
+        problems += _not_power("moe.expert_hidden", moe.expert_hidden, low=16, high=128)
+        if not isinstance(moe.router, DeepseekV3Config):
+            problems.append(
+                (f"kernels 'fused' with moe.router {moe.router.kind!r}", "use deepseek_v3")
+            )
+        else:
+            problems += _not_power("moe.router.num_groups", moe.router.num_groups, low=1, high=256)
+        if config.activation != "relu2" or not config.mlp_bias:
+            bias = "with" if config.mlp_bias else "without"
+            problems.append(
+                (
+                    f"kernels 'fused' for {config.activation} experts {bias} biases",
+                    "they compute relu2 with biases",
+                )
+            )
+    if problems:
+        raise ConfigError(
+            [(what, f'{hint}, or set kernels = "reference"') for what, hint in problems]
+        )
+
+
+def _not_power(name: str, value: int, *, low: int, high: int) -> list[tuple[str, str]]:
+    if value & (value - 1) == 0 and low <= value <= high:
+        return []
+    return [(f"kernels 'fused' with {name} {value}", f"a power of two in {low}..{high} fits")]
+
+
+FUSED = Kernels(
+    attend=attend_fused,
+    moe=moe_fused,
+    route=route_fused,
+    scope=scope_fused,
+    region=compiled_region,
+    require=require_fused,
+)
