@@ -47,7 +47,10 @@ class RowFunction(Protocol):
         rows: slice,
         coefficients: Float[Tensor, " chunk"] | None,
     ) -> RowResult:
-        """The chunk's result; `logits` is its own to overwrite, `coefficients` None = no grad."""
+        """The chunk's result; `coefficients` None = no grad.
+
+        `logits` come in the dtype of the head's product and are the function's to overwrite.
+        """
         ...
 
 
@@ -77,7 +80,8 @@ class _WithGradients(torch.autograd.Function):
         if hidden_grad is not None:
             hidden_grad = hidden_grad * scale.to(hidden_grad.dtype)
         if head_grad is not None:
-            head_grad = (head_grad * scale.to(head_grad.dtype)).to(ctx.head_dtype)
+            rounded = torch.empty_like(head_grad, dtype=ctx.head_dtype)
+            head_grad = torch.mul(head_grad, scale.to(head_grad.dtype), out=rounded)
         return None, hidden_grad, head_grad, None, None
 
 
@@ -135,7 +139,7 @@ def chunked_loss(
         # One chunk even of no rows, so that the extras' names are always there.
         for begin in range(0, max(hidden.shape[0], 1), chunk_rows):
             rows = slice(begin, begin + chunk_rows)
-            logits = (hidden[rows] @ head_weight.T).to(wide)  # (chunk, V)
+            logits = hidden[rows] @ head_weight.T  # (chunk, V)
             result = row_function(logits, rows, weights[rows] if with_grad else None)
             results.append((result.values, result.extras))
             if result.grad_logits is None:
@@ -144,7 +148,7 @@ def chunked_loss(
             if hidden_grad is not None:
                 hidden_grad[rows] = grad_logits @ head_weight
             if head_grad is not None:
-                head_grad += grad_logits.T @ hidden[rows]
+                _add_product(head_grad, grad_logits.T, hidden[rows])
         values = torch.cat([values for values, _ in results])
         extras = {
             name: torch.cat([extras[name] for _, extras in results]) for name in results[0][1]
@@ -153,6 +157,14 @@ def chunked_loss(
     if with_grad:
         total = _WithGradients.apply(total, hidden, head_weight, hidden_grad, head_grad)
     return ChunkedResult(total, values, extras)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to a total that may be wider than they are."""
+    if total.is_cuda and total.dtype != left.dtype:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
 
 
 def label_row_function(inputs: LossInputs, loss_function: LabelLossFunction) -> RowFunction:
@@ -172,6 +184,9 @@ def label_row_function(inputs: LossInputs, loss_function: LabelLossFunction) -> 
     """
 
     def function(logits: Tensor, rows: slice, coefficients: Tensor | None) -> RowResult:
+        if logits.is_cuda and logits.dtype == torch.bfloat16:
+            return _label_rows_on_gpu(logits, inputs.select(rows), loss_function, coefficients)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labels = inputs.labels[rows, None]
         chosen = logits.gather(1, labels).squeeze(1)
         peak = logits.amax(dim=1, keepdim=True)
@@ -182,16 +197,43 @@ def label_row_function(inputs: LossInputs, loss_function: LabelLossFunction) -> 
         if coefficients is None:
             values = loss_function(logprobs, chunk)
             return RowResult(values, {STUDENT_LOGPROBS: logprobs}, None)
-        with torch.enable_grad():
-            leaf = logprobs.clone().requires_grad_()
-            values = loss_function(leaf, chunk)
-            (slopes,) = torch.autograd.grad(values.sum(), leaf)
+        values, slopes = _values_and_slopes(logprobs, chunk, loss_function)
         slopes = slopes * coefficients
         grad_logits = masses.mul_((-slopes / norm)[:, None])
         grad_logits.scatter_add_(1, labels, slopes[:, None])
-        return RowResult(values.detach(), {STUDENT_LOGPROBS: logprobs}, grad_logits)
+        return RowResult(values, {STUDENT_LOGPROBS: logprobs}, grad_logits)
 
     return function
+
+
+def _values_and_slopes(
+    logprobs: Tensor, chunk: LossInputs, loss_function: LabelLossFunction
+) -> tuple[Tensor, Tensor]:
+    """Loss of each row, and its derivative by the label's log-probability."""
+    with torch.enable_grad():
+        leaf = logprobs.clone().requires_grad_()
+        values = loss_function(leaf, chunk)
+        (slopes,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach(), slopes
+
+
+def _label_rows_on_gpu(
+    logits: Tensor,
+    chunk: LossInputs,
+    loss_function: LabelLossFunction,
+    coefficients: Tensor | None,
+) -> RowResult:
+    """The row function in two kernels that never widen the chunk's logits."""
+    # Triton, which comes with CUDA builds of PyTorch only, is imported from here on.
+    from vpmoe.kernels.logits import label_gradient_, label_logprobs
+
+    logprobs, lse = label_logprobs(logits, chunk.labels)
+    if coefficients is None:
+        values = loss_function(logprobs, chunk)
+        return RowResult(values, {STUDENT_LOGPROBS: logprobs}, None)
+    values, slopes = _values_and_slopes(logprobs, chunk, loss_function)
+    grad_logits = label_gradient_(logits, chunk.labels, lse, slopes * coefficients)
+    return RowResult(values, {STUDENT_LOGPROBS: logprobs}, grad_logits)
 
 
 def chunked_loss_reference(

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from vpmoe.optim.config import AdamKeys
+from vpmoe.optim.gradients import gradient_of
 from vpmoe.optim.weights import ActiveSlices, Weight, state_dtype
+
+LARGE = 2**20  # numbers from which a parameter is worth a launch of its own
 
 
 def adamw_update(
@@ -49,6 +52,36 @@ def adamw_update(
     torch._foreach_addcdiv_(values, exp_avg, roots, -lr / (1 - beta1**step))
 
 
+def _is_worth_a_kernel(weight: Weight, active_slices: ActiveSlices) -> bool:
+    large = weight.param.is_cuda and weight.param.numel() >= LARGE
+    return large and weight.name not in active_slices and weight.value.dtype == torch.float32
+
+
+def _move_on_gpu(
+    weight: Weight,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    config: AdamKeys,
+    lr_and_decay: tuple[float, float],
+    step: int,
+) -> None:
+    """One pass over a large parameter: `adamw_update` in one kernel."""
+    # Triton, which comes with CUDA builds of PyTorch only, is imported from here on.
+    from vpmoe.kernels.updates import adamw_
+
+    adamw_(
+        weight.value,
+        None if weight.master is None else weight.param.detach(),
+        gradient_of(weight.name, weight.param).contiguous(),
+        exp_avg,
+        exp_avg_sq,
+        betas_and_eps=(*config.adam_betas, config.adam_eps),
+        lr_and_decay=lr_and_decay,
+        step=step,
+    )
+
+
 class AdamWList:
     """Parameters of one role, with AdamW's two moments of each.
 
@@ -69,34 +102,36 @@ class AdamWList:
     @torch.no_grad()
     def step(self, lr: float, active_slices: ActiveSlices, *, step: int) -> None:
         """Move every parameter by one update; slices without tokens keep value and moments."""
-        values = [weight.value for weight in self.weights]
-        resting = self._resting(values, active_slices)
+        members = list(zip(self.weights, self.exp_avg, self.exp_avg_sq, strict=True))
+        alone = [m for m in members if _is_worth_a_kernel(m[0], active_slices)]
+        members = [m for m in members if not _is_worth_a_kernel(m[0], active_slices)]
+        for weight, first, second in alone:
+            _move_on_gpu(
+                weight, first, second, config=self.config, lr_and_decay=(lr, self.decay), step=step
+            )
+        if not members:
+            return
+        weights, exp_avg, exp_avg_sq = (list(column) for column in zip(*members, strict=True))
+        values = [weight.value for weight in weights]
+        resting = [
+            (tensor, tensor.clone(), active_slices[weight.name].to(tensor.device))
+            for weight, *tensors in zip(weights, values, exp_avg, exp_avg_sq, strict=True)
+            if weight.name in active_slices
+            for tensor in tensors
+        ]
         adamw_update(
             values,
-            [weight.gradient for weight in self.weights],
-            self.exp_avg,
-            self.exp_avg_sq,
+            [weight.gradient for weight in weights],
+            exp_avg,
+            exp_avg_sq,
             config=self.config,
             lr_and_decay=(lr, self.decay),
             step=step,
         )
         for tensor, before, mask in resting:
             tensor.copy_(torch.where(mask.view(-1, *[1] * (tensor.ndim - 1)), tensor, before))
-        for weight in self.weights:
+        for weight in weights:
             weight.publish()
-
-    def _resting(
-        self, values: list[Tensor], active_slices: ActiveSlices
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(tensor, its content now, which slices may change) for everything under a mask."""
-        return [
-            (tensor, tensor.clone(), active_slices[weight.name].to(tensor.device))
-            for weight, *tensors in zip(
-                self.weights, values, self.exp_avg, self.exp_avg_sq, strict=True
-            )
-            if weight.name in active_slices
-            for tensor in tensors
-        ]
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Each parameter's name and state."""

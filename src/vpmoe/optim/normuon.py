@@ -111,6 +111,12 @@ class MatrixBucket:
     @torch.no_grad()
     def step(self, lr: float, active_slices: ActiveSlices) -> None:
         """Move every matrix by one update."""
+        if self.momentum.is_cuda and self.second_moment.dtype == torch.float32:
+            # Triton, which comes with CUDA builds of PyTorch only, is imported from here on.
+            from vpmoe.optim.normuon_gpu import step_bucket
+
+            step_bucket(self, lr, active_slices)
+            return
         rows, cols = self.momentum.shape[1:]
         gradients = torch.cat([weight.gradient.reshape(-1, rows, cols) for weight in self.weights])
         active = active_of(self.weights, active_slices, self.slices)
