@@ -13,7 +13,7 @@ demo: setup    ## teacher, three stages, report: on a laptop
 	@OMP_NUM_THREADS= $(bin)/vpmoe demo
 
 test: setup    ## every test that needs neither a GPU nor patience
-	@$(pytest) -q -n 2 --dist loadfile --durations=10
+	@$(pytest) -q -rs -n 2 --dist loadfile --durations=10
 
 check: setup    ## format, lint, types, imports, generated pages
 	$(bin)/ruff check .
