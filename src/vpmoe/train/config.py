@@ -90,8 +90,8 @@ class TrainConfig(Config):
     bits."""
     activation_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their states: slower, smaller."""
-    kernels: str = "reference"
-    """Implementation of the student's hot paths."""
+    kernels: Literal["reference", "fused"] = "reference"
+    """Implementation of the student's hot paths; fused ones need an NVIDIA GPU and bfloat16."""
     batch: BatchConfig
     budget: BudgetConfig
     optimizer: OptimizerConfig = NorMuonConfig()  # pyright: ignore[reportCallIssue]
