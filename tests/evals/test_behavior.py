@@ -10,7 +10,8 @@ from vpmoe.errors import TeacherError
 from vpmoe.evals.exact_match import exact_match
 from vpmoe.evals.harmony_format import format_validity
 from vpmoe.evals.lengths import channel_lengths
-from vpmoe.evals.teacher_gap import teacher_gap, with_teacher
+from vpmoe.evals.teacher_gap import teacher_gap
+from vpmoe.rollouts.scoring import with_teacher
 from vpmoe.vocabulary import (
     ANALYSIS,
     ASSISTANT,

@@ -1,7 +1,6 @@
 """Questions to completions: what every judgement of a student's own text starts from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,19 +8,11 @@ from vpmoe.batch import ReasoningEffort, Rollout
 from vpmoe.data.dataset import Dataset
 from vpmoe.data.harmony import Renderer
 from vpmoe.data.problems import Problem
+from vpmoe.data.prompts import DatasetPrompts, Prompt
 from vpmoe.models.student import Student
 from vpmoe.rollouts.sampler import Sampler
-from vpmoe.spans import Span
 from vpmoe.teachers.local import LocalTeacher
-from vpmoe.vocabulary import COMPLETION_HEADER, STOP_TOKENS
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A question as tokens, ending in the assistant's header."""
-
-    sample_id: str
-    tokens: np.ndarray
+from vpmoe.vocabulary import STOP_TOKENS
 
 
 def problem_prompts(
@@ -33,14 +24,8 @@ def problem_prompts(
 
 def dataset_prompts(dataset: Dataset, *, limit: int) -> list[Prompt]:
     """The prompts of a split's first conversations, exactly as they are stored."""
-    prompts = []
-    for index in range(min(limit, len(dataset))):
-        document = dataset.conversation(index)
-        trained = np.flatnonzero(document.span_ids != Span.IGNORE)
-        # Label t speaks of token t + 1: the first trained label is the assistant's start token.
-        end = int(trained[0]) + 1 + len(COMPLETION_HEADER)
-        prompts.append(Prompt(document.sample_id, document.tokens[:end].astype(np.int64)))
-    return prompts
+    pool = DatasetPrompts(dataset)
+    return [pool.prompt(index, None) for index in range(min(limit, len(pool)))]
 
 
 def sample(

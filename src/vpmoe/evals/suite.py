@@ -28,8 +28,9 @@ from vpmoe.evals.sampling import (
     sample,
     teacher_answers,
 )
-from vpmoe.evals.teacher_gap import TeacherGap, teacher_gap, with_teacher
+from vpmoe.evals.teacher_gap import TeacherGap, teacher_gap
 from vpmoe.models.student import Student
+from vpmoe.rollouts.scoring import with_teacher
 from vpmoe.storage.manifest import provenance, write_manifest
 from vpmoe.teachers.local import LocalTeacher, LocalTeacherConfig
 from vpmoe.vocabulary import O200K_SHA256

@@ -1,7 +1,7 @@
 """How far a student's own text is from what its teacher would have written."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,8 +9,6 @@ from vpmoe.batch import Rollout
 from vpmoe.errors import TeacherError
 from vpmoe.evals.by_span import BySpan, tally
 from vpmoe.rollouts.collate import completion_spans
-from vpmoe.teachers.base import require_logprobs
-from vpmoe.teachers.local import LocalTeacher
 
 
 @dataclass(frozen=True)
@@ -27,17 +25,6 @@ class TeacherGap:
     k1: BySpan
     k3: BySpan
     token_counts: dict[str, int]
-
-
-def with_teacher(rollouts: Sequence[Rollout], teacher: LocalTeacher) -> list[Rollout]:
-    """The rollouts with the teacher's log-probs of every sampled token."""
-    sequences = [np.concatenate([r.prompt, r.completion]) for r in rollouts]
-    scores = teacher.score(sequences)
-    require_logprobs(sequences, scores)
-    return [
-        replace(rollout, teacher_logprobs=logprobs[len(rollout.prompt) - 1 :])
-        for rollout, logprobs in zip(rollouts, scores, strict=True)
-    ]
 
 
 def teacher_gap(rollouts: Sequence[Rollout]) -> TeacherGap:

@@ -11,10 +11,11 @@ from vpmoe.batch import Batch
 from vpmoe.config import Config, difference, resolved
 from vpmoe.data.dataset import Dataset
 from vpmoe.data.loader import PackedLoader
+from vpmoe.data.prompts import Prompt
 from vpmoe.errors import CheckpointError, RunError
 from vpmoe.evals.harmony_format import format_validity
 from vpmoe.evals.heldout import HeldoutHook, documents_of
-from vpmoe.evals.sampling import Prompt, dataset_prompts, sample
+from vpmoe.evals.sampling import dataset_prompts, sample
 from vpmoe.models.student import Student, StudentConfig, build_student
 from vpmoe.storage.manifest import provenance, write_manifest
 from vpmoe.train.config import BatchConfig, TrainConfig, rows_of_rank
