@@ -15,7 +15,7 @@ DEFAULT = Path("configs/demo/demo.toml")
 def demo(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CONFIG] [KEY=VALUE...]", help=f"By default {DEFAULT}."),
+        typer.Argument(metavar="CONFIG|KEY=VALUE", help=f"By default {DEFAULT}."),
     ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,

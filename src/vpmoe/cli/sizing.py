@@ -74,16 +74,21 @@ def _eval_facts(config: Any) -> Facts:
     return facts
 
 
-def _stage_facts(config: Any) -> Facts:
-    batch = config.batch
+def _budget(config: Any) -> str:
+    """Steps and tokens; packing leaves slots empty, so a token budget may take some steps more."""
+    batch, budget = config.batch, config.budget
+    if hasattr(config, "rollouts"):  # how long a step's completions get is not known before
+        total = f"{budget.steps:,} steps" if budget.steps else f"{short(budget.tokens)} tokens"
+        anchor = f"{100 * config.ce_anchor:.0f} % of the steps cross-entropy"
+        return f"{total}, {config.rollouts.per_step} completions a step, {anchor}"
     slots = batch.global_batch_size * batch.seq_len
-    # Packing leaves some slots empty, so a token budget may take a few steps more.
-    steps = config.budget.num_steps(slots)
+    steps = budget.num_steps(slots)
+    return f"{steps:,} steps × {slots:,} tokens = {short(steps * slots)} tokens"
+
+
+def _stage_facts(config: Any) -> Facts:
     facts = [
-        (
-            "stage",
-            f"{config.kind}, {steps:,} steps × {slots:,} tokens = {short(steps * slots)} tokens",
-        ),
+        ("stage", f"{config.kind}, {_budget(config)}"),
         ("start", config.init or f"fresh weights, seed {config.seed}"),
     ]
     if config.student is not None:
