@@ -1,0 +1,151 @@
+"""Write docs/performance.md from benchmarks/results, or check that it is up to date.
+
+python scripts/performance.py            write the page
+python scripts/performance.py --check    exit 1 if it is stale
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PAGE = REPOSITORY / "docs" / "performance.md"
+
+# (bar, stretch) in the units of each table.
+BARS = {
+    "student, forward+backward": (70_000, 85_000),
+    "NorMuon + AdamW step": (130, 100),
+    "head + loss": (37, 30),
+    "experts": (0.66, 0.45),
+    "choice and weights alone": (0.05, None),
+}
+
+INTRO = """# Performance
+
+<!-- written by scripts/performance.py from benchmarks/results; do not edit -->
+
+`kernels = "fused"` runs the student's hot paths in kernels for one NVIDIA GPU with bfloat16
+weights; `kernels = "reference"` is what they must equal. Asked for where they cannot run, they stop
+the run with the reason: another implementation is never taken instead.
+
+| hot path | how |
+| --- | --- |
+| routed experts | slots sorted by expert, a fixed table of tiles, both products in one kernel |
+| router | logits from two bf16 terms of the weight, summed in fp32; one kernel chooses and counts |
+| attention | FlexAttention over a table of blocks; sink through the log-sum-exp |
+| dense part of a layer | one `torch.compile` per kind of layer and shape |
+| head + loss | chunks of bf16 logits overwritten by their gradient; head summed in fp32 |
+| optimizer | one pass over a parameter before and one after the orthogonalization |
+
+Decoding from a cache takes the reference's attention and the fused experts and router."""
+
+
+def load(name: str) -> dict[str, Any]:
+    """One file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *([_text(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _text(cell: Any) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def whole_model() -> str:
+    """The student beside its peers."""
+    ours, peers, first = load("whole-model"), load("peers"), load("profile-8-layers")
+    rows = []
+    for row in ours["rows"]:
+        bar, stretch = BARS[row["what"]]
+        if not row["tokens"]:
+            continue
+        names = ("what", "tokens", "ms", "tokens_per_s", "mfu_pct", "peak_gib")
+        rows.append([*(row[name] for name in names), bar, stretch])
+    for row in peers["rows"]:
+        what = f"{row['what']} (earlier run)"
+        numbers = row["tokens"], row["ms"], row["tokens_per_s"]
+        rows.append([what, *numbers, None, row["peak_gib"], None, None])
+    columns = ["what", "tokens", "ms", "tokens/s", "MFU %", "GiB", "bar", "stretch"]
+    best = max(row["tokens_per_s"] for row in peers["rows"])
+    mine = next(row for row in ours["rows"] if row["tokens"])
+    optimizer = next(row for row in ours["rows"] if not row["tokens"])
+    bar, stretch = BARS[optimizer["what"]]
+    return "\n\n".join(
+        [
+            "## The 80 layers, forward and backward",
+            f"{ours['device']}, torch {ours['torch']}, Triton {ours['triton']}, {ours['date']}; "
+            f"{mine['repetitions']} repetitions, spread {mine['spread_ms']:.1f} ms. Random weights "
+            "and tokens, packed rows of 2,048 with four documents, real routing. The peers come "
+            "from an earlier run on the same kind of device.",
+            table(columns, rows),
+            f"{mine['tokens_per_s'] / best:.2f} times the best peer. The busiest expert of a layer "
+            f"had {mine['busiest_expert_over_mean']:.0f} times the mean load: the routers were "
+            "untrained, and no token was dropped.",
+            f"The first step compiles: {first['first_step_s']:.0f} s with an empty cache "
+            f"(8 layers, tests running beside it), {mine['first_step_s']:.0f} s with a full one.",
+            f"Optimizer step, {optimizer['parameters']:,} parameters: {optimizer['ms']:.0f} ms "
+            f"(bar {bar}, stretch {stretch}): over the bar.",
+        ]
+    )
+
+
+def parts() -> str:
+    """Kernels one by one."""
+    found = load("kernel-parts")
+    rows = [
+        [row["part"], row["what"], row.get("routing", row.get("per")), row["ms"]]
+        for row in found["rows"]
+    ]
+    even = sum(r["ms"] for r in found["rows"] if r.get("routing") == "even")
+    head = 4 * sum(r["ms"] for r in found["rows"] if r["part"] == "head + loss")
+    choice = next(r["ms"] for r in found["rows"] if r["what"] == "choice and weights alone")
+    sums = [
+        ["routed experts of a layer, forward + backward, even routing", even, *BARS["experts"]],
+        ["head + loss, 16,384 x 201,088, forward + backward", head, *BARS["head + loss"]],
+        ["router's choice alone", choice, *BARS["choice and weights alone"]],
+    ]
+    return "\n\n".join(
+        [
+            f"## Kernels, {found['tokens']:,} tokens",
+            f"{found['method']}. Sums of the parts below; the up-bias gradient is not in them.",
+            table(["what", "ms", "bar", "stretch"], sums),
+            table(["part", "what", "of", "ms"], rows),
+        ]
+    )
+
+
+def profile() -> str:
+    """Where a layer's time goes."""
+    found = load("profile-8-layers")
+    rows = [[f"`{row['kernel']}`", row["calls"], row["us"]] for row in found["rows"][:20]]
+    return "\n\n".join(
+        [
+            f"## Where the time goes: {found['layers']} layers, {found['tokens']:,} tokens",
+            f"{found['what']}; the 20 largest.",
+            table(["kernel", "calls", "us"], rows),
+        ]
+    )
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    page = "\n\n".join([INTRO, whole_model(), parts(), profile()]) + "\n"
+    if "--check" in sys.argv[1:]:
+        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
+            sys.exit(f"{PAGE.relative_to(REPOSITORY)} is stale: run python scripts/performance.py")
+        return
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
