@@ -1,6 +1,6 @@
 """Write the generated pages of docs/, or check that they are up to date.
 
-python scripts/docs.py            write docs/cli.md, docs/params.md, docs/papers.md
+python scripts/docs.py            write docs/{cli,params,papers,results}.md
 python scripts/docs.py --check    exit 1 and say which page is stale
 """
 
@@ -14,10 +14,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from results_page import results_page
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
 PACKAGE = REPOSITORY / "src" / "vpmoe"
 STAMP = "<!-- written by scripts/docs.py from {source}; do not edit -->"
+RESULTS = REPOSITORY / "benchmarks" / "results"
 ROOMS_WITH_PAPERS = ("losses", "optim", "models")
 
 
@@ -119,7 +122,12 @@ def references(path: Path) -> Iterator[tuple[str, str]]:
                 yield node.name, text
 
 
-PAGES = {"cli.md": cli_page, "params.md": params_page, "papers.md": papers_page}
+PAGES = {
+    "cli.md": cli_page,
+    "params.md": params_page,
+    "papers.md": papers_page,
+    "results.md": lambda: results_page(RESULTS),
+}
 
 
 def main(words: list[str]) -> int:

@@ -1,5 +1,7 @@
 """The whole pipeline, small: a teacher distilled through all stages, beside a plain baseline."""
 
+import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,8 +9,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from vpmoe.config import Config, difference, fingerprint, resolved, validate
@@ -204,6 +208,7 @@ def run(
         say: Told in a line what comes next.
         observers: Makes the readers of a stage's metrics stream, e.g. a progress bar.
     """
+    begin = perf_counter()
     config = placed(config)
     folder = Path(config.run)
     _open_folder(folder, config, overwrite=overwrite)
@@ -237,8 +242,19 @@ def run(
     page = write_report([folder / n for n in order], folder / "report", title="vpMoE demo")
     result = _result(config, {name: reports[name] for name in order})
     result |= {"report": str(page.page), "export": str(folder / "export")}
+    result["machine"] = _machine() | {"seconds": perf_counter() - begin}
     write_manifest(folder / RESULT_FILE, result)
     return result
+
+
+def _machine() -> dict[str, Any]:
+    """What the times of this result must be read with."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def _open_folder(folder: Path, config: DemoConfig, *, overwrite: bool) -> None:
