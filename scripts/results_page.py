@@ -30,7 +30,7 @@ def results_page(results: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-INTRO = """What was run, with which commands, on which machine, and what came out. Every figure comes
+INTRO = """What was run, with which commands, on which machine, and what came out. Every figure is
 from `benchmarks/results/`, where a command wrote it. What is not here was not run."""
 
 

@@ -56,8 +56,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     match, gap, tokens = row["exact_match"], row["reverse_kl_nats"], row["tokens"]
     return [
         row["model"],
-        f"{match['share']:.1%}",
-        f"{match['low']:.1%} to {match['high']:.1%}",
+        f"{match['share']:.1%} ({100 * match['low']:.0f} to {100 * match['high']:.0f})",
         f"{row['valid_harmony']:.1%}",
         "" if gap is None else f"{gap:.3f}",
         "" if tokens is None else f"{tokens:,}",

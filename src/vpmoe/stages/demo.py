@@ -323,7 +323,7 @@ def _judge_teacher(folder: Path, config: EvalConfig, inputs: EvalInputs) -> dict
     return read_manifest(out)
 
 
-COLUMNS = ("model", "exact match", "95 % interval", "valid Harmony", "KL to teacher", "tokens")
+COLUMNS = ("model", "exact match (95 %)", "Harmony", "KL, nats", "tokens")
 
 
 def _result(config: DemoConfig, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
