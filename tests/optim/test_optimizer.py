@@ -192,7 +192,7 @@ def test_a_quadratic_is_minimised():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("polar_dtype", "close"), [("float32", 1e-3), ("auto", 8e-2)])
 def test_a_gpu_moves_as_a_cpu_does(polar_dtype, close):
-    """`auto` iterates in bfloat16 there: 5.5 % of the update for these small matrices on an H200."""
+    """`auto` iterates in bfloat16 there: 5.5 % off for these small matrices on an H200."""
     before, here = model_of(), model_of()
     there = {name: torch.nn.Parameter(param.detach().cuda()) for name, param in before.items()}
     active = dict.fromkeys(EXPERTS, torch.tensor([True, False, True, True]))
