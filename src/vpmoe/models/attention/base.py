@@ -3,12 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vpmoe.models.attention.sink import AttentionScope
 from vpmoe.models.cache import LayerCache
 from vpmoe.models.mlp import Linear
 from vpmoe.models.norm import RmsNorm
@@ -45,13 +45,14 @@ class LayerView:
     """What a forward pass tells all attention layers of one kind.
 
     Attributes:
-        scope: Which keys each query sees.
+        scope: Which keys each query sees, as `attend` wants to know it: an `AttentionScope` for
+            the reference, a table of blocks for the fused kernels.
         rotation: Cosines and sines, or None.
         slopes: Distance penalties per head, or None.
         attend: The attention function: the reference or a kernel equal to it.
     """
 
-    scope: AttentionScope
+    scope: Any
     rotation: Rotation | None
     slopes: Float[Tensor, " heads"] | None
     attend: Callable[..., Tensor]

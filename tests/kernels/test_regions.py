@@ -1,0 +1,81 @@
+"""A layer's dense part compiles without a break, once per kind of layer, to the same numbers."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.utils
+import torch.nn.attention.flex_attention
+
+from tests.kernels.common import relative_error
+from vpmoe.models import student as students
+from vpmoe.models.fused import attend_fused, scope_fused
+from vpmoe.models.kernels import REFERENCE
+from vpmoe.models.moe import MoeConfig
+from vpmoe.models.student import StudentConfig, build_student
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@cache
+def traced(function):
+    """The compiler's front half: tracing and automatic differentiation, no code for a GPU."""
+    return torch.compile(function, backend="aot_eager", dynamic=False, fullgraph=True)
+
+
+def gradients(student, start):
+    documents = torch.zeros(2, 48, dtype=torch.int64)
+    documents[:, start:] = 1
+    documents[1, 40:] = -1
+    tokens = torch.randint(0, 40, (2, 48), generator=torch.Generator().manual_seed(start))
+    positions = torch.arange(48).expand(2, -1)
+    student.zero_grad()
+    output = student(tokens, positions=positions, document_ids=documents)
+    (output.hidden.square().sum() + output.load_balance_sum).backward()
+    return {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+def test_dense_parts_compile_once_per_kind_of_layer():
+    # In a process of its own: a compiler cannot read the shape checks that tests put on functions.
+    program = "from tests.kernels.test_regions import check; check()"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def check():
+    # FlexAttention refuses gradients on a CPU for want of a kernel; its plain form has them.
+    torch.nn.attention.flex_attention._validate_device = lambda *_: None
+    config = StudentConfig(
+        num_layers=6,
+        hidden_size=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=40,
+        global_every=3,
+        dense_hidden=16,
+        local_attention={"kind": "tpa", "window_size": 20},
+        moe=MoeConfig(num_experts=16, num_experts_per_token=2, expert_hidden=16),
+    )
+    plain = build_student(config, seed=0)
+    regions = replace(REFERENCE, attend=attend_fused, scope=scope_fused, region=traced)
+    students.kernels_named = lambda _: regions
+    compiled = build_student(config, seed=0)
+    torch._dynamo.utils.counters.clear()
+    for start in (11, 30):
+        expected, found = gradients(plain, start), gradients(compiled, start)
+        assert found.keys() == expected.keys()
+        errors = {n: relative_error(found[n], g) for n, g in expected.items() if g.norm() > 1e-4}
+        assert max(errors.values()) < 1e-3, errors
+    # The dense first layer, local layers, global layers; not again for each layer or batch.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
