@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vpmoe.losses import LossInputs, SampledReverseKLConfig, span_means
-from vpmoe.losses.reverse_kl import sampled_reverse_kl
+from vpmoe.losses.reverse_kl import effective_sample_share, sampled_reverse_kl
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5], dtype=torch.float64)
 TEACHER_LOGITS = torch.tensor([1.5, 1.8, -0.5, -2.0, 0.0], dtype=torch.float64)
@@ -124,3 +124,25 @@ def test_logged_estimates_average_to_the_reverse_kl():
 def test_a_teacher_with_grad_is_refused():
     with pytest.raises(ValueError, match="carries grad"):
         sampled_reverse_kl(torch.zeros(1), torch.zeros(1, requires_grad=True))
+
+
+def test_equal_ratios_are_a_full_sample_and_one_large_ratio_is_not():
+    def share(*ratios):
+        values = torch.tensor(ratios, dtype=torch.float64)
+        return effective_sample_share(values, values.square(), len(ratios))
+
+    assert share(1.0, 1.0, 1.0, 1.0) == share(3.0, 3.0) == 1.0
+    assert share(1e6, 1.0, 1.0, 1.0) == pytest.approx(0.25, abs=1e-3)
+    assert share() == 1.0
+
+
+def test_the_sample_share_of_a_step_is_kept_with_the_loss():
+    loss = SampledReverseKLConfig().build()
+    student = LOGITS.log_softmax(dim=0)[[1, 2]]
+    output = loss(inputs_of([1, 2], student - torch.tensor([0.0, 3.0]).log1p()), torch.ones(3))
+    assert loss.sample_share == 1.0  # nothing moves before the step is over
+    loss.after_step(output.sums)
+    assert loss.sample_share == pytest.approx((1 + 4) ** 2 / (2 * (1 + 16)))
+    again = SampledReverseKLConfig().build()
+    again.load_state_dict(loss.state_dict())
+    assert again.sample_share == loss.sample_share

@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 
 from tests.rollouts.test_collate import COMPLETION, rollout
-from vpmoe.rollouts.gates import (
-    GatesConfig,
-    broken_gates,
-    effective_sample_share,
-    round_health,
-)
+from vpmoe.rollouts.gates import GatesConfig, broken_gates, round_health
 from vpmoe.vocabulary import CHANNEL
 
 
@@ -34,8 +29,3 @@ def test_every_limit_is_named_with_its_value():
         "completions that are not Harmony: 1, limit 0.5",
         "completion length over the first round's: 3, limit 1.5",
     ]
-
-
-def test_equal_ratios_are_a_full_sample_and_one_large_ratio_is_not():
-    assert effective_sample_share(np.ones(8)) == 1.0
-    assert effective_sample_share(np.array([1e6, 1.0, 1.0, 1.0])) == pytest.approx(0.25, abs=1e-3)

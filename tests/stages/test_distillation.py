@@ -101,6 +101,12 @@ def kept(run_dir) -> list[dict]:
     ]
 
 
+def times(run_dir) -> list[dict]:
+    return [
+        {k: v for k, v in row.items() if k.startswith("time/")} for row in read_metrics(run_dir)
+    ]
+
+
 class Killer(Observer):
     """Stands in for a crash: the process is gone after the line of step `at` was written."""
 
@@ -153,6 +159,17 @@ def test_on_policy_steps_train_on_completions_and_anchors_on_the_dataset(started
     efforts = ("low", "medium", "high")
     assert all(sum(row[f"rollout/count_{effort}"] for effort in efforts) == 4 for row in own)
     assert own[0]["train/importance_ratio/reasoning"] == pytest.approx(1.0, abs=1e-4)
+    assert [row["rollout/buffer_depth"] for row in own] == [8, 4, 0, 8, 4, 0]
+    assert all(row["rollout/dropped"] == 0 for row in own)
+    assert all(row["rollout/format_valid_pct"] == 100 - row["rollout/invalid_pct"] for row in own)
+    # What the sampling student made of its own tokens is what the trainer makes of them at once.
+    gaps = [row["train/reverse_kl/reasoning"] for row in own]
+    assert own[0]["rollout/teacher_minus_student_nats"] == pytest.approx(-gaps[0], rel=1e-3)
+    sampled = [
+        "time/sampling_s" in row and "time/scoring_s" in row for row in times(started / "3-turns")
+    ]
+    fresh = [row.get("rollout/staleness_steps") == 0 for row in rows]
+    assert sampled == fresh
     assert summary["doctor"]["sampler_trainer_gap_nats"] < 1e-4
 
 
@@ -170,6 +187,51 @@ def test_a_student_gone_astray_pauses_the_run_and_says_why(started):
     config = stage_three(started, "3-gates", gates={"max_cut_share": 0.0})
     with pytest.raises(RunError, match="paused at step 0: completions cut at the length cap"):
         on_policy.run(config)
+
+
+def test_ratios_that_leave_no_sample_pause_the_run_at_the_next_step(started):
+    loud = {"kind": "adamw", "lr": 1.0}
+    changes = {"optimizer": loud, "schedule": {"kind": "constant", "warmup": 0}, "ce_anchor": 0}
+    gates = {**OPEN_GATES, "max_reverse_kl_nats": 1e9, "min_sample_share": 0.9}
+    config = stage_three(started, "3-ratios", gates=gates, budget={"steps": 4}, **changes)
+    with pytest.raises(RunError, match="paused at step 2: effective sample size"):
+        on_policy.run(config)
+    seen = [row["train/importance_ratio/reasoning"] for row in kept(started / "3-ratios")]
+    assert seen[0] == pytest.approx(1.0, abs=1e-4)
+    assert len(seen) == 2
+
+
+def test_rollouts_that_age_over_an_anchor_are_dropped_and_counted(started):
+    two = {"steps_per_round": 2, "max_staleness_steps": 1}
+    on_policy.run(stage_three(started, "3-drop", rollouts=two, ce_anchor=0.4, budget={"steps": 5}))
+    rows = kept(started / "3-drop")
+    # own, own, anchor, own, anchor: nothing is split; the round of step 3 is never finished
+    assert [row.get("rollout/staleness_steps") for row in rows] == [0, 1, None, 0, None]
+    on_policy.run(stage_three(started, "3-drop2", rollouts=two, ce_anchor=0.5, budget={"steps": 3}))
+    rows = kept(started / "3-drop2")
+    assert [row.get("rollout/staleness_steps") for row in rows] == [0, None, 0]
+    assert [row.get("rollout/dropped") for row in rows] == [0, None, 4]
+
+
+def test_the_curriculum_goes_by_the_tokens_spent_on_completions(started):
+    phases = [{"until": 0.2, "low": 1.0}, {"until": 1.0, "high": 1.0, "rollouts_per_prompt": 2}]
+    rollouts = {"steps_per_round": 1, "max_staleness_steps": 0}
+    config = stage_three(
+        started,
+        "3-curriculum",
+        curriculum={"phases": phases},
+        rollouts=rollouts,
+        ce_anchor=0.25,
+        budget={"tokens": 1200},
+    )
+    on_policy.run(config)
+    spent = 0
+    for row in kept(started / "3-curriculum"):
+        if "rollout/staleness_steps" in row:
+            effort = "low" if spent < 0.2 * 1200 * 0.75 else "high"
+            assert row[f"rollout/count_{effort}"] == 4
+            spent += row["train/tokens"]
+    assert spent > 0.2 * 1200 * 0.75
 
 
 def test_prompts_rendered_otherwise_than_in_training_are_refused(started):

@@ -13,6 +13,7 @@ from vpmoe.errors import CheckpointError, RunError
 from vpmoe.models.student import build_student
 from vpmoe.storage.checkpoints import latest_checkpoint, list_checkpoints
 from vpmoe.storage.runs import RunDir, read_metrics
+from vpmoe.train.plan import tokens_before
 from vpmoe.train.state import load_student
 
 CLOCKS = ("time/", "memory/", "tokens_per_s")
@@ -254,3 +255,36 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_older_checkpoint(tmp_path):
     run(config, resume=True)
     run(train_config(tmp_path / "whole"))
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+
+def test_schedules_inside_the_student_go_on_from_stage_to_stage(tmp_path):
+    """The student that samples and trains knows its tokens of all runs before this one."""
+    told = []
+
+    class Plan(ToyPlan):
+        def micro_batches(self, step):
+            told.append(("batches", step))
+            return super().micro_batches(step)
+
+    class Watched:
+        every_steps = 1
+
+        def __call__(self, student, position):
+            student.set_progress = lambda tokens: told.append(("tokens", tokens))
+            return {}
+
+    config = train_config(tmp_path / "run", budget={"steps": 3})
+    plan = Plan(config)
+    first = {"init": None, "data": "toy"}
+    second = {"init": {"tokens_seen": 1_000, "inputs": first}}
+    plan.inputs = {"init": {"tokens_seen": 500, "inputs": second}}
+    assert tokens_before(plan.inputs) == 1_500
+    run(config, plan=plan, hooks=[Watched()])
+    seen = [row["tokens_seen"] for row in numbers(tmp_path / "run")]
+    assert told == [
+        ("batches", 0),
+        ("tokens", 1_500 + seen[0]),
+        ("batches", 1),
+        ("tokens", 1_500 + seen[1]),
+        ("batches", 2),
+    ]

@@ -1,14 +1,16 @@
 """Sampled reverse KL, on the student's own tokens: the objective of stage 3."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from vpmoe.config import Config
 from vpmoe.head import CHUNK_ROWS
-from vpmoe.losses.base import LossInputs
+from vpmoe.losses.base import TOKENS, LossInputs
 from vpmoe.losses.chunked import LabelLoss
 
 Importance = Literal["none", "plain", "truncated"]
@@ -29,8 +31,8 @@ class SampledReverseKLConfig(Config):
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher_logprobs", "rollout_logprobs"})
 
-    def build(self) -> LabelLoss:
-        """The loss."""
+    def build(self) -> "SampledReverseKL":
+        """The loss, no step seen yet."""
         return SampledReverseKL(self)
 
 
@@ -95,11 +97,32 @@ def sampled_reverse_kl(
     return -importance_ratio.detach().clamp_max(importance_cap) * advantages * student_logprobs
 
 
+def effective_sample_share(
+    ratios: Float[Tensor, " span"], ratios_squared: Float[Tensor, " span"], count: float
+) -> float:
+    """Effective sample size of importance ratios over their number, in 0..1; 1 for none.
+
+    NaN where a ratio is too large to be squared.
+
+    Args:
+        ratios: Sums of the ratios, whose own sum is taken.
+        ratios_squared: Sums of their squares, likewise.
+        count: How many ratios there are.
+
+    References:
+        Kong, "A note on importance sampling using standardized weights" (1992).
+    """
+    return float(ratios.sum() ** 2 / (count * ratios_squared.sum())) if count else 1.0
+
+
 class SampledReverseKL(LabelLoss):
     """`sampled_reverse_kl` of each sampled label.
 
     Args:
         config: Which importance correction and clips.
+
+    Attributes:
+        sample_share: `effective_sample_share` of the latest step's tokens, over all ranks.
     """
 
     needs = SampledReverseKLConfig.needs
@@ -107,6 +130,7 @@ class SampledReverseKL(LabelLoss):
     def __init__(self, config: SampledReverseKLConfig) -> None:
         super().__init__(chunk_rows=config.chunk_rows)
         self.config = config
+        self.sample_share = 1.0
 
     def row_losses(
         self, student_logprobs: Float[Tensor, " rows"], rows: LossInputs
@@ -140,3 +164,16 @@ class SampledReverseKL(LabelLoss):
         if self.config.advantage_clip is not None:
             metrics["advantage_clipped"] = (advantages.abs() > self.config.advantage_clip).double()
         return metrics
+
+    def after_step(self, sums: Mapping[str, Tensor]) -> None:
+        """Note how much this global batch's importance ratios are worth."""
+        ratios, squares = sums["importance_ratio"], sums["importance_ratio_squared"]
+        self.sample_share = effective_sample_share(ratios, squares, float(sums[TOKENS].sum()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The latest step's sample share."""
+        return {"sample_share": torch.tensor(self.sample_share, dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back the sample share."""
+        self.sample_share = float(state["sample_share"])

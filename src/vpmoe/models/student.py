@@ -173,7 +173,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def set_progress(self, tokens_seen: int) -> None:
-        """Tell the schedules inside the model how many tokens it was trained on."""
+        """Tell the schedules inside the model how many tokens it was trained on, in all stages."""
         if self.shared_weight is not None and self.config.moe is not None:
             schedule = self.config.moe.shared_expert_weight
             self.shared_weight.fill_(shared_expert_weight(schedule, tokens_seen=tokens_seen))

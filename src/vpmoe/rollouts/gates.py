@@ -23,7 +23,7 @@ class GatesConfig(Config):
     max_length_growth: float = Field(default=4.0, gt=1)
     """Mean completion length over that of the stage's first round."""
     min_sample_share: float = Field(default=0.1, ge=0, le=1)
-    """Effective sample size of the importance ratios, as a share of the tokens."""
+    """Effective sample size of a step's importance ratios, as a share of its tokens."""
     max_reverse_kl_nats: float = Field(default=20.0, gt=0)
     """Mean log-prob gap to the teacher per token."""
 
@@ -63,16 +63,6 @@ def round_health(rollouts: Sequence[Rollout]) -> RoundHealth:
         shares=shares,
         reverse_kl_nats=float(np.concatenate(gaps).mean()) if gaps else 0.0,
     )
-
-
-def effective_sample_share(importance_ratios: np.ndarray) -> float:
-    """Effective sample size of importance ratios over their number, in 0..1.
-
-    References:
-        Kong, "A note on importance sampling using standardized weights" (1992).
-    """
-    total = float(importance_ratios.sum())
-    return total * total / (importance_ratios.size * float((importance_ratios**2).sum()))
 
 
 def broken_gates(health: RoundHealth, first: RoundHealth, config: GatesConfig) -> list[str]:

@@ -68,7 +68,13 @@ class Request:
 
 
 class RolloutSource(Protocol):
-    """Where scored rollouts come from."""
+    """Where scored rollouts come from.
+
+    Attributes:
+        seconds: Time spent in the latest round, by part.
+    """
+
+    seconds: Mapping[str, float]
 
     def round(self, request: Request) -> list[Rollout]:
         """The scored rollouts that were asked for, in order."""
@@ -106,7 +112,7 @@ class LocalRollouts:
         self._config = config
         self._seed = seed
         self._has_effort = has_effort
-        self.seconds: dict[str, float] = {}
+        self.seconds: Mapping[str, float] = {}
 
     def round(self, request: Request) -> list[Rollout]:
         """The scored rollouts that were asked for, in order."""

@@ -37,6 +37,7 @@ from vpmoe.stages.offline import OfflineConfig
 from vpmoe.stages.on_policy import OnPolicyConfig
 from vpmoe.stages.score import ScoreConfig
 from vpmoe.stages.warm_start import WarmStartConfig
+from vpmoe.storage.atomic import TEMPORARY_SUFFIX
 from vpmoe.storage.manifest import provenance, read_manifest, write_manifest
 from vpmoe.storage.processes import die_with_parent
 from vpmoe.teachers.checkpoint import read_vocab
@@ -258,10 +259,18 @@ def _machine() -> dict[str, Any]:
 
 
 def _open_folder(folder: Path, config: DemoConfig, *, overwrite: bool) -> None:
-    if overwrite and folder.exists():
-        if not (folder / CONFIG_FILE).exists() and any(folder.iterdir()):
-            raise RunError(f"{folder} holds something else than a demo", hint="choose another run")
-        shutil.rmtree(folder)
+    """Make the folder, or see to it that what lies there is this demo's."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    unfinished = CONFIG_FILE + TEMPORARY_SUFFIX
+    if folder.exists() and not (folder / CONFIG_FILE).exists():
+        if any(path.name != unfinished for path in folder.iterdir()):
+            raise RunError(
+                f"{folder} holds something else than a demo", hint="choose another run=FOLDER"
+            )
+    elif overwrite and folder.exists():
+        # The name goes first: half a demo must never be taken for the beginning of the next.
+        shutil.rmtree(folder.rename(doomed))
     tree = resolved(config)
     if (folder / CONFIG_FILE).exists():
         changed = difference(read_manifest(folder / CONFIG_FILE)["config"], tree)

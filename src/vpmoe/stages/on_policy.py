@@ -85,6 +85,12 @@ class OnPolicy(Plan):
         self._anchor = PackedLoader(dataset, seq_len=seq_len, seed=config.seed)
         self._anchor_loss = config.anchor_loss.build()
         self._loss = config.loss.build()
+        if config.rollouts.per_step < ranks.size:
+            raise RunError(
+                f"rollouts.per_step {config.rollouts.per_step} is smaller than the {ranks.size} "
+                "processes",
+                hint="raise it, or start fewer processes",
+            )
         size, stale = config.rollouts, config.rollouts.max_staleness_steps
         self._buffer = RolloutBuffer(
             capacity=size.per_step * size.steps_per_round, max_staleness_steps=stale
@@ -108,12 +114,16 @@ class OnPolicy(Plan):
         if uses_anchor(step, config.ce_anchor):
             start = anchors_before(step, config.ce_anchor) * config.batch.global_batch_size
             return rank_batches(self._anchor, start, config.batch, self._ranks), self._anchor_loss
+        self._require_samples_worth_it(step)
         self._buffer.drop_stale(step)
         if len(self._buffer) < config.rollouts.per_step:
             self._sample_round(step)
         taken = self._buffer.take(config.rollouts.per_step)
         self._spent += sum(len(r.prompt) + len(r.completion) for r in taken)
-        self._row |= _rollout_metrics(taken, step) | {"rollout/buffer_depth": len(self._buffer)}
+        self._row |= _rollout_metrics(taken, step) | {
+            "rollout/buffer_depth": len(self._buffer),
+            "rollout/dropped": self._buffer.num_dropped,
+        }
         ranks = self._ranks
         begin, end = (len(taken) * (ranks.rank + i) // ranks.size for i in (0, 1))
         whole = pack_rollouts(taken[begin:end], seq_len=config.batch.seq_len)
@@ -145,7 +155,18 @@ class OnPolicy(Plan):
                 "lower learning rate or a larger ce_anchor",
             )
         self._buffer.put(rollouts)
-        self._row |= {f"rollout/{name}_pct": 100 * share for name, share in health.shares.items()}
+        self._row |= {f"time/{part}_s": seconds for part, seconds in self._source.seconds.items()}
+
+    def _require_samples_worth_it(self, step: int) -> None:
+        """Stop the run if the latest step's importance ratios left hardly any sample."""
+        share, limit = self._loss.sample_share, self._config.gates.min_sample_share
+        if not share >= limit:
+            raise RunError(
+                f"on-policy training paused at step {step}: effective sample size over tokens: "
+                f"{share:.3g}, limit {limit:g}",
+                hint="lower the learning rate or rollouts.max_staleness_steps in a new run, or "
+                "resume with a lower gates.min_sample_share",
+            )
 
     def _progress(self, step: int) -> float:
         """Fraction of the stage that is over, in its own tokens where the budget is in tokens."""
@@ -154,16 +175,22 @@ class OnPolicy(Plan):
         return self._spent / (tokens * own_share) if tokens else step / self.num_steps
 
     def metrics(self) -> Mapping[str, float]:
-        """What the completions of the last step were like; nothing after an anchor's step."""
+        """What the completions of the last step were like; nothing after an anchor's step.
+
+        Times are this rank's own: while one of sampler, teacher and trainer works, the others wait.
+        """
         return self._row
 
     def state(self) -> dict[str, Any]:
-        """Questions asked, tokens spent, completions waiting, the first round's health."""
+        """Questions asked, tokens spent, completions waiting, the latest step's sample size, the
+        first round's health.
+        """
         first = self._first_health
         return {
             "next_prompt": self._next_prompt,
             "spent": self._spent,
             "buffer": self._buffer.state(),
+            "loss": self._loss.state_dict(),
             "first_health": asdict(first) if first else None,
         }
 
@@ -172,13 +199,17 @@ class OnPolicy(Plan):
         self._next_prompt = state["next_prompt"]
         self._spent = state["spent"]
         self._buffer.load_state(state["buffer"])
+        self._loss.load_state_dict(state["loss"])
         first = state["first_health"]
         self._first_health = RoundHealth(**first) if first else None
 
 
 def _rollout_metrics(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
-    """Lengths and counts by effort, staleness, and the gap to the teacher."""
-    row: dict[str, float] = {}
+    """Lengths and counts by effort, staleness, form, and the gap to the teacher when sampled."""
+    health = round_health(rollouts)
+    row = {f"rollout/{name}_pct": 100 * share for name, share in health.shares.items()}
+    row["rollout/format_valid_pct"] = 100 * (1 - health.shares["invalid"])
+    row["rollout/teacher_minus_student_nats"] = -health.reverse_kl_nats
     for effort in EFFORTS:
         lengths = [len(r.completion) for r in rollouts if r.reasoning_effort == effort]
         row[f"rollout/count_{effort}"] = len(lengths)

@@ -11,7 +11,7 @@ from vpmoe.train.device import World
 from vpmoe.train.hooks import Hook, Observer, Position, is_due, run_hooks
 from vpmoe.train.metrics import Stopwatch
 from vpmoe.train.parallel import Replica
-from vpmoe.train.plan import Plan
+from vpmoe.train.plan import Plan, tokens_before
 from vpmoe.train.record import Record
 from vpmoe.train.state import open_run, restore, save
 from vpmoe.train.step import apply_gradients, sum_gradients
@@ -41,6 +41,7 @@ def train(
     run_dir = config.run_dir
     readers = [*observers, *(tracker.build() for tracker in config.trackers)]
     flops = flops_per_token(student, config)
+    tokens_earlier = tokens_before(plan.inputs)
     student.train()
     student.activation_checkpointing = config.activation_checkpointing
     torch.manual_seed(config.seed + world.rank)
@@ -51,11 +52,12 @@ def train(
         record.start(position, plan.num_steps)
         while position.step < plan.num_steps:
             watch = Stopwatch(world.device)
+            # Before the batches: on-policy ones are sampled by the student that will train on them.
+            student.set_progress(tokens_earlier + position.tokens_seen)
             with watch("step"):
                 with watch("data"):
                     batches, loss = plan.micro_batches(position.step)
                 with watch("forward_backward"):
-                    student.set_progress(position.tokens_seen)
                     summed = sum_gradients(replica, batches, loss, config)
                 with watch("optimizer"):
                     applied = apply_gradients(

@@ -8,6 +8,16 @@ from vpmoe.batch import Batch
 from vpmoe.losses.base import Loss
 
 
+def tokens_before(inputs: Mapping[str, Any]) -> int:
+    """Tokens that a student saw in the runs it comes from: each names its parent under `init`.
+
+    Args:
+        inputs: `Plan.inputs`.
+    """
+    parent = inputs.get("init")
+    return parent["tokens_seen"] + tokens_before(parent["inputs"]) if parent else 0
+
+
 class Plan(ABC):
     """A stage as the loop sees it.
 
