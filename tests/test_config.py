@@ -19,6 +19,9 @@ class Anchored(Config):
 
 class Inner(Config):
     width: int
+    """How wide."""
+
+    tied: bool | None = None
     ids: tuple[int, ...] = ()
 
 
@@ -50,7 +53,7 @@ def test_file_overrides_and_defaults_meet_in_one_object(tmp_path):
     recipe = load(path, Recipe, ["loss.anchor=2e-1", "inner.width=8", "note=a b=c"])
     assert resolved(recipe) == {
         "loss": {"kind": "anchored", "anchor": 0.2},
-        "inner": {"width": 8, "ids": []},
+        "inner": {"width": 8, "tied": None, "ids": []},
         "effort": "high",
         "note": "a b=c",
     }
@@ -118,6 +121,33 @@ def test_all_errors_come_at_once_with_paths_and_remedies(tmp_path):
         ("effort: 'hihg' is not a choice", "did you mean high?"),
         ("efort is not a setting", "did you mean effort?"),
     ]
+
+
+@pytest.mark.parametrize("value", ["yes", "'4'", "true", "2.5"])
+def test_a_number_is_never_guessed_from_a_flag_or_text(tmp_path, value):
+    path = _write(tmp_path, "r.yaml", f"loss: {{kind: plain}}\ninner: {{width: {value}}}\n")
+    with pytest.raises(ConfigError, match=r"inner\.width: expected a whole number") as caught:
+        load(path, Recipe)
+    assert caught.value.hint == "width: How wide."
+
+
+@pytest.mark.parametrize("value", ["'no'", "0", "1.0"])
+def test_a_flag_is_never_guessed_from_text_or_a_number(tmp_path, value):
+    path = _write(
+        tmp_path, "r.yaml", f"loss: {{kind: plain}}\ninner: {{width: 4, tied: {value}}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"inner\.tied: expected true or false"):
+        load(path, Recipe)
+
+
+def test_a_whole_number_will_do_for_a_fraction():
+    assert Plain.model_validate({"weight": 2}).weight == 2.0
+
+
+def test_a_key_that_stands_twice_in_yaml_is_refused_as_in_toml(tmp_path):
+    path = _write(tmp_path, "r.yaml", "loss: {kind: plain}\nnote: a\nnote: b\n")
+    with pytest.raises(ConfigError, match="note stands twice"):
+        load(path, Recipe)
 
 
 def test_a_union_names_its_kinds(tmp_path):

@@ -5,7 +5,8 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -26,8 +27,11 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _keep_default_kinds(cls, tree: Any) -> Any:
-        """A table without `kind` is of its field's default kind: `optimizer.lr=1` needs no more."""
+    def _read_literally(cls, tree: Any) -> Any:
+        """A table without `kind` is of its field's default kind: `optimizer.lr=1` needs no more.
+
+        Numbers and flags are taken as written.
+        """
         if not isinstance(tree, dict):
             return tree
         filled = dict(tree)
@@ -35,7 +39,38 @@ class Config(BaseModel):
             table, kind = tree.get(name), getattr(field.default, "kind", None)
             if isinstance(table, dict) and kind is not None:
                 filled[name] = {"kind": kind, **table}
+            elif name in tree:
+                filled[name] = _as_written(table, field.annotation)
         return filled
+
+
+class _Misfit:
+    """A flag or text where a number is due, in a wrapping that pydantic does not guess through.
+
+    Left as it is, `limit: yes` in YAML would be taken for one row.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def _as_written(value: Any, annotation: Any) -> Any:
+    kinds = _plain_kinds(annotation)
+    if not kinds or str in kinds or not isinstance(value, bool | int | float | str):
+        return value
+    fits = type(value) in kinds or (type(value) in (int, float) and kinds != (bool,))
+    return value if fits else _Misfit(value)
+
+
+def _plain_kinds(annotation: Any) -> tuple[type, ...]:
+    """Which of bool, int, float and str a field takes; none if it takes anything else too."""
+    is_union = get_origin(annotation) in (Union, UnionType)
+    kinds = get_args(annotation) if is_union else (annotation,)
+    plain = tuple(kind for kind in kinds if kind is not type(None))
+    return plain if set(plain) <= {bool, int, float, str} else ()
 
 
 C = TypeVar("C", bound=Config)
@@ -75,10 +110,28 @@ def _read(path: Path, parents: tuple[Path, ...]) -> Tree:
     return _resolve(_parse(text, path), path, (*parents, resolved))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key stands once, as in TOML: the last one would win without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != _MERGE_TAG:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} stands twice", key.start_mark
+                )
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
 def _parse(text: str, path: Path) -> Tree:
     try:
         if path.suffix in {".yaml", ".yml"}:
-            tree = yaml.safe_load(text)
+            tree = yaml.load(text, _UniqueKeys)
         elif path.suffix == ".toml":
             tree = tomllib.loads(text)
         else:

@@ -22,6 +22,7 @@ _EXPECTED = {
     "bool_parsing": "expected true or false",
     "bool_type": "expected true or false",
     "string_type": "expected a string",
+    "path_type": "expected a path",
 }
 
 
@@ -55,7 +56,15 @@ def explain(cls: type[BaseModel], error: Any, *, source: str) -> tuple[str, str]
         return f"{source}: {key}: {cause}", cause.hint if isinstance(cause, VpmoeError) else ""
     said = _EXPECTED.get(kind) or error["msg"][0].lower() + error["msg"][1:]
     shown = "" if isinstance(seen, dict | list) else f" (got {seen!r})"
-    return f"{source}: {key}: {said.replace('input should', 'must')}{shown}", ""
+    said = said.replace("input should", "must").replace(" should ", " must ")
+    return f"{source}: {key}: {said}{shown}", _meaning(models, path)
+
+
+def _meaning(models: Sequence[type[BaseModel]], path: Sequence[str]) -> str:
+    """What the setting stands for, from its docstring."""
+    fields = [model.model_fields.get(path[-1]) for model in models] if path else []
+    said = [field.description for field in fields if field and field.description]
+    return f"{path[-1]}: {' '.join(said[0].split())}" if said else ""
 
 
 def _near(word: str, known: Sequence[str], label: str) -> str:
