@@ -21,9 +21,11 @@ check: setup    ## format, lint, types, imports, generated pages
 	$(bin)/pyright
 	$(bin)/lint-imports
 	$(bin)/python scripts/docs.py --check
+	$(bin)/python scripts/performance.py --check
 
 docs: setup    ## write the generated pages
 	@$(bin)/python scripts/docs.py
+	@$(bin)/python scripts/performance.py
 
 test-slow: setup    ## tests over ten seconds, random kills among them
 	@$(pytest) -q -m "slow and not gpu and not multi_gpu and not network"
