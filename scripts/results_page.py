@@ -74,8 +74,8 @@ def _demo_text(demos: Sequence[dict[str, Any]]) -> str:
         "",
         f"The pipeline was ahead of the baseline in {ahead} of {len(demos)} seeds, with intervals "
         f"apart in {apart}. A share of the training traces is wrong (`corpus.flawed_share` in "
-        "`configs/demo/demo.toml`), always on the same visible kind of question, so whoever imitates "
-        "perfectly stops short by about that share. Means over the seeds; minutes per seed: "
+        "`configs/demo/demo.toml`), always on the same visible kind of question, so perfect "
+        "imitation stops short by about that share. Means over the seeds; minutes per seed: "
         f"{minutes}"
         f"{', other work on the same cores' if machine.get('shared') else ''}.",
     ]
