@@ -216,6 +216,31 @@ def test_chat_reads_questions_from_a_pipe(folder, capsys, monkeypatch):
     assert capsys.readouterr().out.strip()
 
 
+def test_a_question_that_cannot_be_asked_ends_a_pipe_but_no_conversation(
+    folder, capsys, monkeypatch
+):
+    words = ("chat", folder / "run", "--max-new-tokens", "4")
+    questions = "<|end|>\nCards black red orange blue: rotate.\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(questions))
+    code, said = _fails(capsys, *words)
+    assert (code, len(said)) == (1, 2)
+    assert "special token in text" in said[0]
+    terminal = io.StringIO(questions)
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert _fails(capsys, *words) == (0, said)
+
+
+@pytest.mark.parametrize("model", ["run", "export-of-run"])
+def test_a_device_that_is_not_there_is_named(folder, capsys, monkeypatch, model):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = folder / "export-of-run"
+    _json(capsys, "export", folder / "run", "--out", out, "--overwrite")
+    code, said = _fails(capsys, "chat", folder / model, "--device", "cuda")
+    assert (code, len(said)) == (1, 2)
+    assert said[0].startswith('error: device "cuda" was asked for, but found ')
+
+
 def test_score_then_report(folder, capsys):
     manifest = _json(capsys, "score", folder / "score.toml")
     assert manifest["header"]["split"] == "train"

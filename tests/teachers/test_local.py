@@ -254,6 +254,15 @@ def test_nothing_there(tmp_path, monkeypatch):
         build("nobody/nothing-there")
 
 
+def test_a_folder_with_code_of_its_own_is_refused_without_asking(tmp_path, monkeypatch):
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(own), encoding="utf-8")
+    (tmp_path / "own.py").write_text("raise SystemExit\n", encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("it asked"))
+    with pytest.raises(TeacherError, match="cannot load the teacher from"):
+        build(tmp_path)
+
+
 def test_a_revision_makes_no_sense_for_a_folder(teacher_folder):
     with pytest.raises(TeacherError, match="cannot have revision 'v2'"):
         build(teacher_folder, revision="v2")

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from vpmoe.cli.complaints import complain
 from vpmoe.cli.render import console
+from vpmoe.errors import DataError
 
 if TYPE_CHECKING:
     from vpmoe.rollouts.chat import ChatSession
@@ -49,7 +51,12 @@ def chat(
         if question == "/new":
             session.reset()
         else:
-            _answer(session, question)
+            try:
+                _answer(session, question)
+            except DataError as error:
+                if not sys.stdin.isatty():
+                    raise
+                complain(error)  # whoever types may ask again
 
 
 def _read() -> str:

@@ -11,6 +11,7 @@ from vpmoe.data.harmony import RenderConfig
 from vpmoe.export.modeling import VpmoeForCausalLM, quietly
 from vpmoe.models.student import Student
 from vpmoe.storage.manifest import MANIFEST_NAME, read_manifest
+from vpmoe.train.device import require_device
 from vpmoe.train.state import load_student
 
 
@@ -45,7 +46,9 @@ def open_model(
     Raises:
         CheckpointError: If there is no complete model.
         DataError: If rendering is unknown.
+        RunError: If there is no such device.
     """
+    require_device(device)
     path = Path(path)
     if is_export(path):
         manifest = read_manifest(path / MANIFEST_NAME)

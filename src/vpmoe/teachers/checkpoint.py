@@ -122,8 +122,10 @@ def load_model(
 
     _require_device(device)
     logging.disable_progress_bar()
+    # Said outright, or transformers asks on the terminal whether to run code of the folder's own.
+    no_code = {"trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **no_code)
         if source.is_file():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -136,7 +138,12 @@ def load_model(
 
             options = {**options, "quantization_config": Mxfp4Config(dequantize=True)}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **no_code,
+            **options,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]

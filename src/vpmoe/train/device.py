@@ -38,6 +38,20 @@ class World:
         return self.rank == 0
 
 
+def require_device(device: torch.device | str) -> None:
+    """Return if tensors can be put there.
+
+    Raises:
+        RunError: If CUDA is asked for and is not there.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        built = f"torch {torch.__version__} has no CUDA" if not torch.version.cuda else "no GPU"
+        raise RunError(
+            f'device "cuda" was asked for, but found {built}',
+            hint='set device = "cpu", or install a CUDA build of torch on a machine with a GPU',
+        )
+
+
 def find_device(name: DeviceName) -> torch.device:
     """The device of this process.
 
@@ -46,12 +60,7 @@ def find_device(name: DeviceName) -> torch.device:
     """
     if name == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        built = f"torch {torch.__version__} has no CUDA" if not torch.version.cuda else "no GPU"
-        raise RunError(
-            f'device "cuda" was asked for, but found {built}',
-            hint='set device = "cpu", or install a CUDA build of torch on a machine with a GPU',
-        )
+    require_device(name)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise RunError(

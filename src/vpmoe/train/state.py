@@ -23,7 +23,7 @@ from vpmoe.storage.manifest import MANIFEST_NAME, provenance
 from vpmoe.storage.runs import RunDir, read_config, read_metrics
 from vpmoe.storage.sharded import sharded
 from vpmoe.train.config import FREE_KEYS, TrainConfig
-from vpmoe.train.device import World
+from vpmoe.train.device import World, require_device
 from vpmoe.train.hooks import Position
 from vpmoe.train.parallel import Replica
 from vpmoe.train.plan import Plan
@@ -188,7 +188,9 @@ def load_student(
 
     Raises:
         CheckpointError: If there is no complete checkpoint at `path`, or it is damaged.
+        RunError: If there is no such device.
     """
+    require_device(device)
     path = Path(path)
     path = latest_checkpoint(path) or path
     manifest = read_checkpoint_manifest(path)
