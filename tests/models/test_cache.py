@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.models.test_student import ABLATIONS, student_of
+from tests.models.test_student import ABLATIONS, shaken, student_of
 from vpmoe.models.cache import ring_places
 
 
@@ -22,7 +22,7 @@ def test_ring_places():
 @torch.no_grad()
 def test_decoding_equals_the_full_pass(override):
     # Prompts of 3, 12 and 7 tokens, then 9 more each: past windows of 4 in prompt and completion.
-    student = student_of(override)
+    student = shaken(student_of(override))
     torch.manual_seed(0)
     lengths, more = torch.tensor([3, 12, 7]), 9
     tokens = torch.randint(0, 97, (3, 12 + more))

@@ -1,5 +1,6 @@
 """Stages 2 and 3 on the demo's own teacher, through the real loop."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vpmoe.data.mixture import uses_anchor
 from vpmoe.data.problems import generate, write_problems
 from vpmoe.errors import ConfigError, DataError, RunError
 from vpmoe.stages import offline, on_policy, score, warm_start
+from vpmoe.stages.base import rank_batches
 from vpmoe.stages.offline import OfflineConfig
 from vpmoe.stages.on_policy import OnPolicyConfig
 from vpmoe.stages.score import ScoreConfig
@@ -181,6 +183,42 @@ def test_a_crash_with_a_half_spent_buffer_changes_nothing(started):
         on_policy.run(broken, observers=[Killer(5)])
     on_policy.run(broken, resume=True)
     assert kept(started / "3-broken") == kept(started / "3-whole")
+
+
+def test_a_crash_does_not_set_the_curriculum_back(started):
+    phases = [{"until": 0.2, "low": 1.0}, {"until": 1.0, "high": 1.0}]
+    changes = {
+        "budget": {"tokens": 1200},
+        "curriculum": {"phases": phases},
+        "rollouts": {"steps_per_round": 1, "max_staleness_steps": 0},
+        "checkpoint": {"every_steps": 2},
+        "ce_anchor": 0,
+    }
+    on_policy.run(stage_three(started, "3-phases", **copy.deepcopy(changes)))
+    broken = stage_three(started, "3-phases-broken", **changes)
+    with pytest.raises(KeyboardInterrupt):
+        on_policy.run(broken, observers=[Killer(5)])
+    on_policy.run(broken, resume=True)
+    rows = kept(started / "3-phases")
+    assert (rows[0]["rollout/count_low"], rows[4]["rollout/count_high"]) == (4, 4)
+    assert kept(started / "3-phases-broken") == rows
+
+
+def test_each_stream_goes_on_where_it_stopped(started, monkeypatch):
+    """Neither repeats rows nor leaves some out while the other has its turn."""
+    taken = {}
+
+    def watched(loader, start, batch, ranks):
+        taken.setdefault(id(loader), []).append(start)
+        return rank_batches(loader, start, batch, ranks)
+
+    monkeypatch.setattr(offline, "rank_batches", watched)
+    offline.run(stage_two(started, "2-streams", budget={"steps": 8}))
+    assert sorted(taken.values(), key=len) == [[0, 2], [0, 2, 4, 6, 8, 10]]
+    taken.clear()
+    monkeypatch.setattr(on_policy, "rank_batches", watched)
+    on_policy.run(stage_three(started, "3-stream", budget={"steps": 8}))
+    assert list(taken.values()) == [[0, 2]]
 
 
 def test_a_student_gone_astray_pauses_the_run_and_says_why(started):

@@ -1,5 +1,6 @@
 """A global batch gives the same gradients and updates however it is cut into ranks and steps."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from tests.train.toy import ToyPlan, run, run_on_ranks, student_config, train_config
 from vpmoe.models.student import build_student
-from vpmoe.storage.checkpoints import latest_checkpoint, load_model_tensors
+from vpmoe.storage.checkpoints import latest_checkpoint, list_checkpoints, load_model_tensors
 from vpmoe.storage.runs import read_metrics
 from vpmoe.train.parallel import _messages, share_out
 
@@ -96,3 +97,25 @@ def test_experts_without_tokens_rest(tmp_path):
     name = "layers.1.mlp.experts.up_weight"
     rested = (before[name] == after[name]).flatten(1).all(dim=1)
     assert int(rested.sum()) == row["router/dead_experts/layer_02"]
+
+
+def test_biases_of_experts_without_tokens_rest_too(tmp_path):
+    """AdamW's momentum would move them on after a step in which they had tokens."""
+    config = train_config(
+        tmp_path / "run",
+        batch={"global_batch_size": 1, "micro_batch_size": 1, "seq_len": 4},
+        budget={"steps": 4},
+        schedule={"kind": "constant", "warmup": 0},
+        checkpoint={"every_steps": 1, "keep": 0},
+    )
+    run(config)
+    biases = []
+    for path in list_checkpoints(tmp_path / "run"):
+        state = build_student(student_config(), seed=99).state_dict()
+        load_model_tensors(path, state)
+        biases.append(state["layers.1.mlp.experts.down_bias"])
+    rows = list(read_metrics(tmp_path / "run"))[1:]
+    rested = [int((before == after).all(dim=1).sum()) for before, after in pairwise(biases)]
+    assert rested == [row["router/dead_experts/layer_02"] for row in rows]
+    assert any(rested)
+    assert biases[-1].any()
