@@ -186,6 +186,23 @@ def test_rendered_conversations_are_an_input_too(tmp_path):
     )
 
 
+def test_an_id_among_the_metadata_will_do(tmp_path):
+    import json
+
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "channel": "analysis", "content": "b"},
+        {"role": "assistant", "channel": "final", "content": "c"},
+    ]
+    ids = ({"synth_id": "x"}, {"synth_id": "x"}, {"synth_id": "y", "language": "fr"}, {}, None)
+    rows = [{"messages_json": json.dumps(turns), "metadata_json": json.dumps(i)} for i in ids]
+    path = write_parquet(tmp_path / "x.parquet", rows)
+    folder = build(tmp_path / "d", path, valid_fraction=0.0)
+    assert Dataset(folder).sample_ids == ["x", "y"]
+    rejects = Dataset(folder).manifest["rejects"]
+    assert rejects == {"duplicate_id": 1, "null_id": 2}
+
+
 def test_a_finished_dataset_is_not_overwritten_unasked(tmp_path, small_parquet):
     folder = build(tmp_path / "d", small_parquet, limit=20)
     before = files_of(folder)

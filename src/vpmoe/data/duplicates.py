@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from vpmoe.data.conversation import text_problem
-from vpmoe.data.source import ID_COLUMN, InputFile, read_rows
+from vpmoe.data.source import ID_COLUMN, METADATA_COLUMN, InputFile, read_rows
 from vpmoe.data.split import id_hash
-from vpmoe.data.synth import texts_of
+from vpmoe.data.synth import ids_of
 
 _HASHES_AT_ONCE = 1 << 25  # 256 MiB of 64-bit hashes; longer inputs are scanned in several passes
 _IDS_AT_ONCE = 1 << 14
@@ -50,8 +50,9 @@ def _repeated_hashes(
 
 
 def _hashed_ids(inputs: Sequence[InputFile], num_rows: int) -> Iterator[tuple[int, str, int]]:
-    batches = read_rows(inputs, 0, num_rows, columns=(ID_COLUMN,), batch_size=_IDS_AT_ONCE)
+    columns = (ID_COLUMN, METADATA_COLUMN)
+    batches = read_rows(inputs, 0, num_rows, columns=columns, batch_size=_IDS_AT_ONCE)
     for first, batch in batches:
-        for offset, sample_id in enumerate(texts_of(batch.column(ID_COLUMN))):
+        for offset, sample_id in enumerate(ids_of(batch)):
             if sample_id is not None and text_problem(sample_id) is None:
                 yield first + offset, sample_id, id_hash(sample_id)

@@ -151,15 +151,20 @@ def _inspect(path: str) -> InputFile:
 
 
 def _check_schema(path: str, schema: pa.Schema) -> tuple[str, ...]:
-    needed = (MESSAGES_COLUMN,) if MESSAGES_COLUMN in schema.names else TEXT_COLUMNS
-    missing = [name for name in (ID_COLUMN, *needed) if name not in schema.names]
+    needed = (ID_COLUMN, *TEXT_COLUMNS)
+    if MESSAGES_COLUMN in schema.names:
+        # Rendered conversations may keep their id among the metadata.
+        has_id = ID_COLUMN in schema.names or METADATA_COLUMN not in schema.names
+        needed = (ID_COLUMN if has_id else METADATA_COLUMN, MESSAGES_COLUMN)
+    missing = [name for name in needed if name not in schema.names]
     if missing:
         raise DataError(
             f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}",
-            hint=f"rename or add it: needed are {', '.join((ID_COLUMN, *needed))}",
+            hint=f"rename or add it: needed are {', '.join(needed)}",
         )
-    used = [ID_COLUMN, *needed]
-    used += [n for n in (METADATA_COLUMN, *METADATA_COLUMNS) if n in schema.names]
+    used = list(needed)
+    carried = (METADATA_COLUMN, *METADATA_COLUMNS)
+    used += [name for name in carried if name in schema.names and name not in used]
     for name in used:
         kind = schema.field(name).type
         if not _is_text(kind):

@@ -63,7 +63,7 @@ def conversations_of(
         first_row: Number of the batch's first row over all inputs.
         duplicates: Numbers of rows whose id an earlier row has already.
     """
-    ids = texts_of(batch.column(ID_COLUMN))
+    ids = ids_of(batch)
     metadata = _metadata(batch)
     with_messages = MESSAGES_COLUMN in batch.schema.names
     fields = (MESSAGES_COLUMN,) if with_messages else TEXT_COLUMNS
@@ -82,6 +82,22 @@ def conversations_of(
             yield Reject(row, sample_id, found)
         else:
             yield row, Conversation(sample_id, found, metadata[offset])
+
+
+def ids_of(batch: pa.RecordBatch) -> list[str | None]:
+    """The id of each row: its column's, or where there is none the one among its metadata."""
+    if ID_COLUMN in batch.schema.names:
+        return texts_of(batch.column(ID_COLUMN))
+    return [_id_in(text) for text in texts_of(batch.column(METADATA_COLUMN))]
+
+
+def _id_in(metadata: str | None) -> str | None:
+    try:
+        found = json.loads(metadata or "{}")
+    except (ValueError, RecursionError):
+        return None
+    sample_id = found.get(ID_COLUMN) if isinstance(found, dict) else None
+    return sample_id if isinstance(sample_id, str) else None
 
 
 def _from_fields(texts: Sequence[str | None]) -> tuple[Message, ...] | str:
