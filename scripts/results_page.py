@@ -75,7 +75,9 @@ def _demo_text(demos: Sequence[dict[str, Any]]) -> str:
         f"The pipeline was ahead of the baseline in {ahead} of {len(demos)} seeds, with intervals "
         f"apart in {apart}. A share of the training traces is wrong (`corpus.flawed_share` in "
         "`configs/demo/demo.toml`), always on the same visible kind of question, so perfect "
-        "imitation stops short by about that share. Means over the seeds; minutes per seed: "
+        "imitation stops short by about that share. Every model is judged at its last checkpoint, "
+        "the baseline too; the teacher's own computing is not counted. Means over the seeds; "
+        "minutes per seed: "
         f"{minutes}"
         f"{', other work on the same cores' if machine.get('shared') else ''}.",
     ]

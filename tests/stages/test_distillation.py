@@ -15,6 +15,7 @@ from vpmoe.data.harmony import RenderConfig
 from vpmoe.data.mixture import uses_anchor
 from vpmoe.data.problems import generate, write_problems
 from vpmoe.errors import ConfigError, DataError, RunError
+from vpmoe.rollouts.source import LocalRollouts
 from vpmoe.stages import offline, on_policy, score, warm_start
 from vpmoe.stages.base import rank_batches
 from vpmoe.stages.offline import OfflineConfig
@@ -288,3 +289,17 @@ def test_the_dataset_itself_can_ask_the_questions(started):
     known = set(Dataset(started / "data", "train").sample_ids)
     assert known
     assert np.isfinite(kept(started / "3-pool")[0]["train/loss/reasoning"])
+
+
+def test_every_round_asks_new_questions(started, monkeypatch):
+    asked = []
+    write = LocalRollouts.round
+
+    def watched(self, request):
+        asked.append(request.first_prompt)
+        return write(self, request)
+
+    monkeypatch.setattr(LocalRollouts, "round", watched)
+    on_policy.run(stage_three(started, "3-asked", budget={"steps": 8}))
+    # the doctor's round, then twelve completions a round: one for each question at first, then two
+    assert asked == [0, 0, 12]

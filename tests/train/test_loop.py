@@ -1,3 +1,4 @@
+import math
 import random
 import resource
 import signal
@@ -13,8 +14,11 @@ from vpmoe.errors import CheckpointError, RunError
 from vpmoe.models.student import build_student
 from vpmoe.storage.checkpoints import latest_checkpoint, list_checkpoints
 from vpmoe.storage.runs import RunDir, read_metrics
+from vpmoe.train.device import world
+from vpmoe.train.parallel import Replica
 from vpmoe.train.plan import tokens_before
 from vpmoe.train.state import load_student
+from vpmoe.train.step import apply_gradients, sum_gradients
 
 CLOCKS = ("time/", "memory/", "tokens_per_s")
 
@@ -288,3 +292,18 @@ def test_schedules_inside_the_student_go_on_from_stage_to_stage(tmp_path):
         ("tokens", 1_500 + seen[1]),
         ("batches", 2),
     ]
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(1e-3, 1e-3), (0.0, None)])
+def test_gradients_are_scaled_down_to_the_clip_before_the_update(tmp_path, clip, expected):
+    """What the optimizer is given, and not the norm that is logged, obeys the limit."""
+    config = train_config(tmp_path / "run", clip_grad_norm=clip, budget={"steps": 1})
+    with world("cpu", threads=1) as ranks:
+        replica = Replica(build_student(student_config(), seed=0), config.optimizer, ranks)
+        batches, loss = ToyPlan(config).micro_batches(0)
+        sum_gradients(replica, batches, loss, config)
+        before = math.hypot(*replica.gradient_norms().values())
+        logged = apply_gradients(replica, config, step=0, num_steps=1)["grad_norm/all"]
+        after = math.hypot(*replica.gradient_norms().values())
+    assert logged == pytest.approx(before)
+    assert after == pytest.approx(expected or before, rel=1e-5)
