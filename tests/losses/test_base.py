@@ -44,7 +44,9 @@ def step(config, inputs, parts):
     sums and gradients are added up after them.
     """
     loss = config.build()
-    loss.after_step({"tokens": torch.ones(3), "teacher_logprob": torch.full((3,), -2.0)})
+    seen = {"tokens": torch.ones(3), "teacher_logprob": torch.full((3,), -2.0)}
+    seen |= {"importance_ratio": torch.ones(3), "importance_ratio_squared": torch.ones(3)}
+    loss.after_step(seen)
     counts = torch.bincount(inputs.span_ids.long(), minlength=3)
     scales = span_scales(WEIGHTS, counts)
     grad_hidden = torch.zeros_like(inputs.hidden)
