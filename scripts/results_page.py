@@ -26,6 +26,7 @@ def results_page(results: Path) -> str:
     parts = ["# Results", INTRO]
     parts += ["## The demo", _demo_text(demos)] if demos else []
     parts += ["## Real rows", _real_text(real)] if real else []
+    parts += ["## The dataset builder", _builder_text(_read(results / "data-build.json"))]
     parts += ["## The demo's teacher", _teacher_text(_read(results / "demo-teacher.json"))]
     return "\n\n".join(parts) + "\n"
 
@@ -111,6 +112,17 @@ def _real_text(runs: Sequence[dict[str, Any]]) -> str:
     for run in runs:
         lines += ["", f"{run['machine']['device']}:", "", "```bash", *run["commands"], "```"]
     return "\n".join(lines)
+
+
+def _builder_text(run: dict[str, Any]) -> str:
+    speed = run["million_tokens_per_cpu_s"]
+    return (
+        f"`python benchmarks/data_build.py SAMPLE.parquet`, one core of {run['cpu']}: the sample "
+        f"repeated to {run['rows']:,} rows with distinct ids, median of {len(run['runs']['builder'])} "
+        f"runs, CPU seconds with start-up. The whole builder: {speed['builder']:.2f} M tokens/s in "
+        f"{run['builder_peak_mib']:.0f} MiB; openai-harmony, rendering alone: {speed['harmony']:.2f}; "
+        f"tiktoken, encoding alone: {speed['tiktoken']:.2f}."
+    )
 
 
 def _teacher_text(teacher: dict[str, Any]) -> str:
