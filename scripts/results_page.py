@@ -118,8 +118,8 @@ def _builder_text(run: dict[str, Any]) -> str:
     speed = run["million_tokens_per_cpu_s"]
     return (
         f"`python benchmarks/data_build.py SAMPLE.parquet`, one core of {run['cpu']}: the sample "
-        f"repeated to {run['rows']:,} rows with distinct ids, median of {len(run['runs']['builder'])} "
-        f"runs, CPU seconds with start-up. The whole builder: {speed['builder']:.2f} M tokens/s in "
+        f"repeated to {run['rows']:,} rows with distinct ids, median of "
+        f"{len(run['runs']['builder'])} runs, CPU seconds with start-up. The whole builder: {speed['builder']:.2f} M tokens/s in "
         f"{run['builder_peak_mib']:.0f} MiB; openai-harmony, rendering alone: {speed['harmony']:.2f}; "
         f"tiktoken, encoding alone: {speed['tiktoken']:.2f}."
     )
