@@ -119,8 +119,9 @@ def _builder_text(run: dict[str, Any]) -> str:
     return (
         f"`python benchmarks/data_build.py SAMPLE.parquet`, one core of {run['cpu']}: the sample "
         f"repeated to {run['rows']:,} rows with distinct ids, median of "
-        f"{len(run['runs']['builder'])} runs, CPU seconds with start-up. The whole builder: {speed['builder']:.2f} M tokens/s in "
-        f"{run['builder_peak_mib']:.0f} MiB; openai-harmony, rendering alone: {speed['harmony']:.2f}; "
+        f"{len(run['runs']['builder'])} runs, CPU seconds with start-up. The whole builder: "
+        f"{speed['builder']:.2f} M tokens/s in {run['builder_peak_mib']:.0f} MiB; openai-harmony, "
+        f"rendering alone: {speed['harmony']:.2f}; "
         f"tiktoken, encoding alone: {speed['tiktoken']:.2f}."
     )
 

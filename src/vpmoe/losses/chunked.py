@@ -5,6 +5,7 @@ taken while its logits are at hand: nothing is stored for the backward but the t
 nothing is computed twice.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -252,7 +253,7 @@ def chunked_loss_reference(
     return (coefficients * loss_function(logprobs.gather(1, labels[:, None]).squeeze(1))).sum()
 
 
-class LabelLoss:
+class LabelLoss(ABC):
     """A loss on the label's log-probability: subclasses write `row_losses`, all else is here.
 
     Args:
@@ -264,11 +265,11 @@ class LabelLoss:
     def __init__(self, *, chunk_rows: int = CHUNK_ROWS) -> None:
         self.chunk_rows = chunk_rows
 
+    @abstractmethod
     def row_losses(
         self, student_logprobs: Float[Tensor, " rows"], rows: LossInputs
     ) -> Float[Tensor, " rows"]:
         """Loss of each row, differentiable in `student_logprobs`; no row depends on another."""
-        raise NotImplementedError
 
     def row_metrics(
         self, student_logprobs: Float[Tensor, " rows"], rows: LossInputs
@@ -300,6 +301,7 @@ class LabelLoss:
 
     def after_step(self, sums: Mapping[str, Tensor]) -> None:
         """Nothing to learn: this loss has no state."""
+        del sums
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
@@ -307,6 +309,7 @@ class LabelLoss:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state_dict` gave."""
+        del state
 
 
 def label_metrics(

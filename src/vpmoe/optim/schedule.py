@@ -1,6 +1,7 @@
 """Learning-rate schedules: optimizer step to the factor on every learning rate."""
 
 import math
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -19,8 +20,8 @@ class _Schedule(Config):
             return (step + 1) / warmup_steps
         return self._after_warmup(step, warmup_steps=warmup_steps, num_steps=num_steps)
 
-    def _after_warmup(self, step: int, *, warmup_steps: int, num_steps: int) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def _after_warmup(self, step: int, *, warmup_steps: int, num_steps: int) -> float: ...
 
 
 class ConstantConfig(_Schedule):

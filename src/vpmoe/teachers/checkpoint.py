@@ -154,7 +154,12 @@ def load_model(
     finally:
         logging.enable_progress_bar()
     model, report = loaded
-    # transformers fills gaps with random numbers and goes on; a teacher must not.
+    _require_complete(report, source)
+    return model.to(device).eval(), quantization
+
+
+def _require_complete(report: dict[str, Any], source: Path) -> None:
+    """transformers fills gaps with random numbers and goes on; a teacher must not."""
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if report.get(what):
             first = sorted(map(str, report[what]))[0]
@@ -163,7 +168,6 @@ def load_model(
                 f"{what.replace('_', ' ')}, first {first}",
                 hint="the folder is incomplete or holds another model; copy it again",
             )
-    return model.to(device).eval(), quantization
 
 
 def _quantization(config: Any) -> str:

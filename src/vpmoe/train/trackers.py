@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -31,9 +32,9 @@ class _Tracker(Config):
             )
         return importlib.import_module(self.module)
 
+    @abstractmethod
     def build(self) -> Observer:
         """The observer to add to a run."""
-        raise NotImplementedError
 
 
 class TensorBoardConfig(_Tracker):
