@@ -10,7 +10,7 @@ setup:    ## make .venv (idempotent)
 	@scripts/setup.sh
 
 demo: setup    ## teacher, three stages, report: on a laptop
-	@OMP_NUM_THREADS= $(bin)/vpmoe demo
+	@env -u OMP_NUM_THREADS $(bin)/vpmoe demo
 
 test: setup    ## every test that needs neither a GPU nor patience
 	@$(pytest) -q -rs -n 2 --dist loadfile --durations=10
