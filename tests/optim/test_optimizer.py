@@ -189,6 +189,17 @@ def test_a_quadratic_is_minimised():
         assert losses[-1] < 0.02 * losses[0]
 
 
+def test_bfloat16_iterations_cost_a_few_percent_of_an_update():
+    """On a CPU too: what a GPU's `auto` loses is the format's rounding, not the device's."""
+    before, exact, rounded = model_of(), model_of(), model_of()
+    train(exact, [NorMuonAdamW(exact.items(), NorMuonConfig(polar_dtype="float32"))], range(2))
+    config = NorMuonConfig(polar_dtype="bfloat16")
+    train(rounded, [NorMuonAdamW(rounded.items(), config)], range(2))
+    for name, param in before.items():
+        moved, wanted = rounded[name] - param, exact[name] - param
+        assert (moved - wanted).norm() < 8e-2 * wanted.norm(), name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("polar_dtype", "close"), [("float32", 1e-3), ("auto", 8e-2)])
 def test_a_gpu_moves_as_a_cpu_does(polar_dtype, close):

@@ -2,5 +2,7 @@
 
 import warnings
 
-# Megatron-Core tells at every import which optional accelerators it lacks; we need none of them.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+# Megatron-Core tells at every import which optional accelerators it lacks, and at every load what
+# it will call by another name; a user can act on neither.
+for kind in (UserWarning, FutureWarning):
+    warnings.filterwarnings("ignore", category=kind, module=r"megatron\.")
