@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from vpmoe.spans import NUM_SPANS, Span
@@ -34,6 +34,11 @@ class Batch:
         positions: Place of the token in its document, from 0.
         teacher_logprobs: log p of the label under the teacher, nats; 0 where the span is ignored.
         rollout_logprobs: log p of the label under the student as it was when it sampled.
+        target_ids: o200k ids that a teacher's stored distribution of the label names; 0 in unused
+            places, which `target_logprobs` marks.
+        target_logprobs: Their log-probs (or log-weights of drawn ids), nats; -inf in unused places.
+        target_tail: Log of the teacher's mass on all other ids; -inf where nothing is left.
+        teacher_hidden: Final normed states of a teacher at the token, for its own head.
         sample_ids: For each row the ids of its documents, in order.
     """
 
@@ -44,6 +49,10 @@ class Batch:
     positions: Int64[Tensor, "batch seq"]
     teacher_logprobs: Float32[Tensor, "batch seq"] | None = None
     rollout_logprobs: Float32[Tensor, "batch seq"] | None = None
+    target_ids: Int64[Tensor, "batch seq entries"] | None = None
+    target_logprobs: Float32[Tensor, "batch seq entries"] | None = None
+    target_tail: Float32[Tensor, "batch seq"] | None = None
+    teacher_hidden: Float[Tensor, "batch seq teacher_dim"] | None = None
     sample_ids: tuple[tuple[str, ...], ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":

@@ -16,6 +16,8 @@ CONTENT_PREFIX = "content_"
 CONTENT_TOKENS = CONTENT_PREFIX + TOKENS
 SQUARED_SUFFIX = "_squared"
 
+_WHOLE = ("head_weight", "teacher_head")  # of all rows, not one per row
+
 
 @dataclass(frozen=True)
 class LossInputs:
@@ -29,6 +31,11 @@ class LossInputs:
         content_mask: True where the label is message text, not a header or an end token.
         teacher_logprobs: log p of the label under the teacher, nats, no grad.
         rollout_logprobs: log p of the label under the student that sampled it, nats, no grad.
+        target_ids: Rows of `head_weight` that a teacher's distribution names; 0 in unused places.
+        target_logprobs: Their log-probs (or log-weights of drawn ids); -inf in unused places.
+        target_tail: Log of the teacher's mass elsewhere; -inf where nothing is left.
+        teacher_hidden: Final normed states of the teacher, no grad.
+        teacher_head: The teacher's output embedding, rows as in `head_weight`, no grad.
     """
 
     hidden: Float[Tensor, "rows dim"]
@@ -38,13 +45,18 @@ class LossInputs:
     content_mask: Bool[Tensor, " rows"]
     teacher_logprobs: Float[Tensor, " rows"] | None = None
     rollout_logprobs: Float[Tensor, " rows"] | None = None
+    target_ids: Int64[Tensor, "rows entries"] | None = None
+    target_logprobs: Float[Tensor, "rows entries"] | None = None
+    target_tail: Float[Tensor, " rows"] | None = None
+    teacher_hidden: Float[Tensor, "rows teacher_dim"] | None = None
+    teacher_head: Float[Tensor, "vocab teacher_dim"] | None = None
 
     def select(self, rows: Tensor | slice) -> "LossInputs":
         """The chosen rows; grad flows back through `hidden`."""
         chosen = {
             field.name: getattr(self, field.name)[rows]
             for field in fields(self)
-            if field.name != "head_weight" and getattr(self, field.name) is not None
+            if field.name not in _WHOLE and getattr(self, field.name) is not None
         }
         return replace(self, **chosen)
 

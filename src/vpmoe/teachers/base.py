@@ -5,11 +5,14 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 from vpmoe.errors import TeacherError
 
 TEACHER_LOGPROBS = "teacher_logprobs"  # log-probs of a dataset's labels
 ROLLOUT_LOGPROBS = "rollout_logprobs"  # log-probs of text that a student has just sampled
+TARGETS = "target_ids"  # the most likely tokens at a dataset's labels, or drawn ones
+TEACHER_HIDDEN = "teacher_hidden"  # final states, which with the teacher's head say everything
 
 # float32 log-softmax of a certain token may end a rounding error above zero.
 MAX_LOGPROB_NATS = 1e-4
@@ -66,6 +69,45 @@ class Teacher(Protocol):
             log p(sequence[t + 1] | sequence[: t + 1]) in nats, at temperature 1. It does not
             depend on the other sequences, apart from rounding.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class TopScores:
+    """A teacher's opinion of one sequence: of its tokens, and of the likeliest ones.
+
+    Attributes:
+        logprobs: float32 [n - 1], as `Teacher.score` gives them.
+        top_ids: int32 [n - 1, K], the K likeliest ids at each place, the likeliest first.
+        top_logprobs: float32 [n - 1, K], theirs; not renormalised, so that what is missing to one
+            is the mass of all other ids.
+    """
+
+    logprobs: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+@runtime_checkable
+class TopTeacher(Teacher, Protocol):
+    """A teacher that also names the likeliest tokens; `provides` has `TARGETS`."""
+
+    def score_top(self, sequences: Sequence[np.ndarray], k: int) -> list[TopScores]:
+        """As `score`, with the K likeliest ids at every place."""
+        ...
+
+
+@runtime_checkable
+class HiddenTeacher(Teacher, Protocol):
+    """A teacher that shows its final states; `provides` has `TEACHER_HIDDEN`."""
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, Dt] output embedding over o200k ids: logits are states times this, transposed."""
+        ...
+
+    def hidden(self, sequences: Sequence[np.ndarray]) -> list[Tensor]:
+        """Final normed states [n - 1, Dt] of each sequence: place t predicts token t + 1."""
         ...
 
 
