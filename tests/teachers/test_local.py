@@ -103,7 +103,8 @@ def test_it_is_a_teacher_and_its_config_is_in_the_union(teacher_folder, teacher)
     assert isinstance(teacher, Teacher)
     config = TypeAdapter(TeacherConfig).validate_python({"kind": "local", "path": teacher_folder})
     assert isinstance(config, LocalTeacherConfig)
-    assert config.provides == teacher.provides == {"teacher_logprobs", "rollout_logprobs"}
+    words = {"teacher_logprobs", "rollout_logprobs", "target_ids", "teacher_hidden"}
+    assert config.provides == teacher.provides == words
 
 
 def test_identity_follows_weights_and_not_the_place(teacher_folder, tmp_path):

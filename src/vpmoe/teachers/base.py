@@ -48,7 +48,8 @@ class Teacher(Protocol):
     """A model that scores tokens it is given.
 
     Attributes:
-        provides: `TEACHER_LOGPROBS`, `ROLLOUT_LOGPROBS`: compared with what a loss needs.
+        provides: `TEACHER_LOGPROBS`, `ROLLOUT_LOGPROBS`, `TARGETS`, `TEACHER_HIDDEN`: compared
+            with what a loss needs.
     """
 
     provides: ClassVar[frozenset[str]]
@@ -93,7 +94,40 @@ class TopTeacher(Teacher, Protocol):
     """A teacher that also names the likeliest tokens; `provides` has `TARGETS`."""
 
     def score_top(self, sequences: Sequence[np.ndarray], k: int) -> list[TopScores]:
-        """As `score`, with the K likeliest ids at every place."""
+        """As `score`, with the K likeliest ids at every place; of equal ones the lower id first."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampledScores:
+    """A teacher's opinion of one sequence: of its tokens, and of ids drawn from it at random.
+
+    The weights of a place add up to one, and their expectation is the teacher's distribution, so
+    that a cross-entropy against them has the right gradient on average.
+
+    Attributes:
+        logprobs: float32 [n - 1], as `Teacher.score` gives them.
+        ids: int32 [n - 1, draws], what was drawn at each place, each id once, ascending; 0 in
+            unused places.
+        log_weights: float32 [n - 1, draws], in nats; -inf in unused places.
+    """
+
+    logprobs: np.ndarray
+    ids: np.ndarray
+    log_weights: np.ndarray
+
+
+@runtime_checkable
+class SampledTeacher(Teacher, Protocol):
+    """A teacher that also draws tokens; `provides` has `TARGETS`."""
+
+    def score_sampled(
+        self, sequences: Sequence[np.ndarray], num_draws: int, seed: int
+    ) -> list[SampledScores]:
+        """As `score`, with ids drawn at every place.
+
+        The draws are decided by `seed` and the sequence, not by the sequences beside it.
+        """
         ...
 
 
@@ -103,11 +137,18 @@ class HiddenTeacher(Teacher, Protocol):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, Dt] output embedding over o200k ids: logits are states times this, transposed."""
+        """[V, Dt] output embedding: logits are states times this, transposed.
+
+        One row per id that the teacher knows, ascending: all of o200k, or the subset of it whose
+        hash is `identity.vocab_sha256`.
+        """
         ...
 
     def hidden(self, sequences: Sequence[np.ndarray]) -> list[Tensor]:
-        """Final normed states [n - 1, Dt] of each sequence: place t predicts token t + 1."""
+        """Final normed states [n - 1, Dt] of each sequence: place t predicts token t + 1.
+
+        They stay on the teacher's device, in the dtype that the network computes in.
+        """
         ...
 
 

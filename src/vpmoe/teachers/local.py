@@ -1,19 +1,26 @@
 """A transformers model in this process as the teacher."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
 from vpmoe.config import Config
 from vpmoe.errors import DataError, TeacherError
-from vpmoe.head import token_logprobs
-from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TEACHER_LOGPROBS, TeacherIdentity
+from vpmoe.teachers.base import (
+    ROLLOUT_LOGPROBS,
+    TARGETS,
+    TEACHER_HIDDEN,
+    TEACHER_LOGPROBS,
+    SampledScores,
+    TeacherIdentity,
+    TopScores,
+)
 from vpmoe.teachers.checkpoint import (
     load_model,
     locate,
@@ -23,6 +30,8 @@ from vpmoe.teachers.checkpoint import (
     require_vocab,
     weights_sha256,
 )
+from vpmoe.teachers.distribution import Head
+from vpmoe.teachers.draws import uniforms, weighted
 from vpmoe.vocabulary import STOP_TOKENS, VocabSubset
 
 if TYPE_CHECKING:
@@ -31,6 +40,11 @@ if TYPE_CHECKING:
 # float32 logits in a chunk, whatever the vocabulary: 32 MiB are reused by the allocator of a CPU,
 # while a GPU wants large products.
 _LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**28}
+
+
+# From the states of a forward's places, the token after each, and the sequences they belong to, in
+# order, to tensors with one row per place.
+_Read = Callable[[Tensor, Tensor, list[int]], tuple[Tensor, ...]]
 
 
 class LocalTeacherConfig(Config):
@@ -58,7 +72,9 @@ class LocalTeacherConfig(Config):
     seed: int = 0
     """Of the weights, when `path` is a config alone."""
 
-    provides: ClassVar[frozenset[str]] = frozenset({TEACHER_LOGPROBS, ROLLOUT_LOGPROBS})
+    provides: ClassVar[frozenset[str]] = frozenset(
+        {TEACHER_LOGPROBS, ROLLOUT_LOGPROBS, TARGETS, TEACHER_HIDDEN}
+    )
 
     def build(self) -> "LocalTeacher":
         """The teacher, loaded and checked.
@@ -116,8 +132,9 @@ class LocalTeacher:
         self._network: Any = model  # transformers' `generate` has no usable type
         self._batch_tokens = batch_tokens
         # Logits near 20 are 1/8 apart in bfloat16: the head multiplies in float32.
-        self._head_weight = output_head(model).weight.detach().float()
-        self._chunk_rows = max(1, _LOGITS_AT_ONCE[model.device.type] // self._head_weight.shape[0])
+        weight = output_head(model).weight.detach()
+        chunk_rows = max(1, _LOGITS_AT_ONCE[model.device.type] // weight.shape[0])
+        self._head = Head(weight.float(), chunk_rows)
         self._max_len = int(getattr(model.config, "max_position_embeddings", 2**31))
 
     @torch.inference_mode()
@@ -137,21 +154,75 @@ class LocalTeacher:
             DataError: If a sequence is empty or uses tokens that the teacher does not know.
             TeacherError: If a sequence is longer than the teacher's positions reach.
         """
-        rows = [self._rows_of(sequence) for sequence in sequences]
-        out = [np.empty(0, dtype=np.float32)] * len(rows)
-        lengths = [len(row) for row in rows]
-        for members in _batches(lengths, self._batch_tokens):
-            try:
-                scored = self._score_batch([rows[i] for i in members])
-            except torch.OutOfMemoryError as error:
-                raise TeacherError(
-                    f"the teacher ran out of GPU memory with {len(members)} sequences of up to "
-                    f"{lengths[members[0]]} tokens in a forward",
-                    hint=f"lower teacher.batch_tokens (now {self._batch_tokens})",
-                ) from error
-            for index, logprobs in zip(members, scored, strict=True):
-                out[index] = logprobs
-        return out
+        scored = self._over_batches(sequences, lambda h, y, _: (self._head.logprobs(h, y),))
+        return [logprobs.numpy() for (logprobs,) in scored]
+
+    @torch.inference_mode()
+    def score_top(self, sequences: Sequence[np.ndarray], k: int) -> list[TopScores]:
+        """As `score`, with the K likeliest ids at every place.
+
+        Args:
+            sequences: o200k ids, one conversation each.
+            k: How many ids; of equally likely ones the lower id comes first.
+
+        Raises:
+            TeacherError: If the teacher does not know K tokens; see also `score`.
+        """
+        found = self._over_batches(sequences, lambda h, y, _: self._head.top(h, y, k))
+        return [
+            TopScores(logprobs.numpy(), self._ids_of(ids.numpy()).astype(np.int32), top.numpy())
+            for logprobs, ids, top in found
+        ]
+
+    @torch.inference_mode()
+    def score_sampled(
+        self, sequences: Sequence[np.ndarray], num_draws: int, seed: int, *, power: float = 1.0
+    ) -> list[SampledScores]:
+        """As `score`, with ids drawn from the teacher's distribution at every place.
+
+        Args:
+            sequences: o200k ids, one conversation each.
+            num_draws: How often is drawn at a place; fewer ids come out, as likely ones repeat.
+            seed: Decides the draws, together with the sequence and nothing else.
+            power: Draws are from p to this power, and weighted by what that distorts; at 1 the
+                weights are plain frequencies, and unbiased.
+
+        References:
+            Anshumann et al., "Sparse Logit Sampling" (ACL 2025), arXiv:2503.16870. Difference: one
+            draw in each of `num_draws` equal parts of the distribution, which never varies more.
+        """
+
+        if num_draws < 1:
+            raise TeacherError(f"asked for {num_draws} draws at a place", hint="give at least 1")
+
+        def draw(hidden: Tensor, labels: Tensor, members: list[int]) -> tuple[Tensor, ...]:
+            chances = [uniforms(sequences[i], num_draws=num_draws, seed=seed) for i in members]
+            places = torch.from_numpy(np.concatenate(chances)).to(hidden.device)
+            return self._head.drawn(hidden, labels, places, power=power)
+
+        return [
+            SampledScores(
+                logprobs.numpy(),
+                *weighted(self._ids_of(ids.numpy()), drawn.numpy(), power=power),
+            )
+            for logprobs, ids, drawn in self._over_batches(sequences, draw)
+        ]
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab teacher_dim"]:
+        """Output embedding, one row per known id, ascending, in the network's dtype."""
+        return output_head(self._model).weight.detach()
+
+    @torch.no_grad()  # inference tensors could not be used in a loss
+    def hidden(self, sequences: Sequence[np.ndarray]) -> list[Float[Tensor, "places teacher_dim"]]:
+        """Final normed states of each sequence but for its last token, on the teacher's device.
+
+        Raises:
+            DataError: As `score`.
+            TeacherError: As `score`.
+        """
+        device = self._model.device
+        return [h for (h,) in self._over_batches(sequences, lambda h, *_: (h,), to=device)]
 
     @torch.inference_mode()
     def complete(self, prompts: Sequence[np.ndarray], *, max_new_tokens: int) -> list[np.ndarray]:
@@ -209,19 +280,36 @@ class LocalTeacher:
     def _ids_of(self, rows: np.ndarray) -> np.ndarray:
         return rows if self.subset is None else self.subset.ids[rows]
 
-    def _score_batch(self, rows: list[np.ndarray]) -> list[np.ndarray]:
-        lengths = [len(row) - 1 for row in rows]
+    def _over_batches(
+        self, sequences: Sequence[np.ndarray], read: _Read, *, to: torch.device | str = "cpu"
+    ) -> list[tuple[Tensor, ...]]:
+        """What `read` says of the places of every sequence, in the order of the sequences."""
+        rows = [self._rows_of(sequence) for sequence in sequences]
+        out: list[tuple[Tensor, ...]] = [()] * len(rows)
+        lengths = [len(row) for row in rows]
+        for members in _batches(lengths, self._batch_tokens):
+            try:
+                hidden, labels = self._states([rows[i] for i in members])
+                found = [tensor.to(to) for tensor in read(hidden, labels, members)]
+            except torch.OutOfMemoryError as error:
+                raise TeacherError(
+                    f"the teacher ran out of GPU memory with {len(members)} sequences of up to "
+                    f"{lengths[members[0]]} tokens in a forward",
+                    hint=f"lower teacher.batch_tokens (now {self._batch_tokens})",
+                ) from error
+            places = [lengths[i] - 1 for i in members]
+            parts = zip(*(tensor.split(places) for tensor in found), strict=True)
+            for index, part in zip(members, parts, strict=True):
+                out[index] = part
+        return out
+
+    def _states(self, rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Final states of all places that a token follows, and those tokens."""
         tokens, real = _pad_right(rows)
         tokens, real = tokens.to(self._model.device), real.to(self._model.device)
         hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         asked = real[:, 1:]  # (B, T-1): the token after each position exists
-        logprobs = token_logprobs(
-            hidden[:, :-1][asked].float(),  # (rows, D)
-            self._head_weight,
-            tokens[:, 1:][asked],
-            chunk_rows=self._chunk_rows,
-        )
-        return np.split(logprobs.cpu().numpy(), np.cumsum(lengths)[:-1])
+        return hidden[:, :-1][asked], tokens[:, 1:][asked]
 
 
 def _local_name(source: Path) -> str:
