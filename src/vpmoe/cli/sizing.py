@@ -26,6 +26,13 @@ def facts(config: Config) -> Facts:
     return by_kind.get(getattr(config, "kind", ""), _stage_facts)(config)
 
 
+def _named(teacher: Any) -> str:
+    """A teacher in a few words: its kind, and where it is."""
+    if teacher.kind == "server":
+        return f"{teacher.kind} {teacher.name or teacher.model} at {', '.join(teacher.urls)}"
+    return f"{teacher.kind} {teacher.path}"
+
+
 def _demo_facts(config: Any) -> Facts:
     corpus = config.corpus
     stages = {
@@ -36,7 +43,7 @@ def _demo_facts(config: Any) -> Facts:
     }
     return [
         ("demo", f"{config.run}/, seed {config.seed}"),
-        ("teacher", config.on_policy.teacher.path),
+        ("teacher", _named(config.on_policy.teacher)),
         (
             "corpus",
             f"{corpus.traces:,} traces, {corpus.flawed_share:.0%} of them flawed, "
@@ -50,7 +57,7 @@ def _score_facts(config: Any) -> Facts:
     share = 100 * config.selection.fraction
     return [
         ("score", f"{share:.0f} % of the {config.split} tokens, to {config.output}"),
-        ("teacher", f"{config.teacher.kind} {config.teacher.path}"),
+        ("teacher", _named(config.teacher)),
         ("data", dataset_line(config.data)),
     ]
 
@@ -70,7 +77,7 @@ def _eval_facts(config: Any) -> Facts:
             ("prompts", f"{prompts:,}, up to {config.sampling.max_new_tokens:,} tokens each")
         )
     if config.teacher:
-        facts.append(("teacher", f"{config.teacher.kind} {config.teacher.path}"))
+        facts.append(("teacher", _named(config.teacher)))
     return facts
 
 
@@ -104,7 +111,7 @@ def _stage_facts(config: Any) -> Facts:
             )
         )
     if hasattr(config, "teacher"):
-        facts.append(("teacher", f"{config.teacher.kind} {config.teacher.path}"))
+        facts.append(("teacher", _named(config.teacher)))
     if hasattr(config, "targets"):
         facts.append(("targets", str(config.targets.path)))
     if config.student is not None:

@@ -98,9 +98,11 @@ def placed(config: DemoConfig) -> DemoConfig:
     be scored.
 
     Raises:
-        RunError: If the teacher keeps the whole vocabulary.
+        RunError: If the teacher is not local, or keeps the whole vocabulary.
     """
     run, seed, teacher = Path(config.run), config.seed, config.on_policy.teacher
+    if teacher.kind != "local":
+        raise RunError("the demo's teacher lives in its process", hint='set kind = "local"')
     subset = read_vocab(Path(teacher.path))
     if subset is None:
         raise RunError(f"the demo's teacher {teacher.path} lists no vocab_ids.json")

@@ -6,7 +6,7 @@ Here sampling, scoring and training take turns in one process. They meet in `Rol
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from vpmoe.rollouts.gates import GatesConfig, RoundHealth, broken_gates, round_h
 from vpmoe.rollouts.source import LocalRollouts, Request, RolloutsConfig, RolloutSource
 from vpmoe.stages.base import StageConfig, finish, open_student, rank_batches, valid_hooks
 from vpmoe.teachers.local import LocalTeacherConfig
+from vpmoe.teachers.server import ServerTeacherConfig
 from vpmoe.train.device import World, world
 from vpmoe.train.hooks import Observer
 from vpmoe.train.loop import train
@@ -49,7 +50,7 @@ class OnPolicyConfig(StageConfig):
     """Of the dataset's answers."""
     ce_anchor: float = Field(default=0.15, ge=0, lt=1)
     """Share of steps that are plain cross-entropy on the dataset, placed by the step's number."""
-    teacher: LocalTeacherConfig
+    teacher: Annotated[LocalTeacherConfig | ServerTeacherConfig, Field(discriminator="kind")]
     """Who scores: it must know text that nobody wrote before, so a recorded one will not do."""
     rollouts: RolloutsConfig
     curriculum: CurriculumConfig = CurriculumConfig()

@@ -6,5 +6,8 @@ from pydantic import Field
 
 from vpmoe.teachers.local import LocalTeacherConfig
 from vpmoe.teachers.recorded import RecordedTeacherConfig
+from vpmoe.teachers.server import ServerTeacherConfig
 
-TeacherConfig = Annotated[LocalTeacherConfig | RecordedTeacherConfig, Field(discriminator="kind")]
+TeacherConfig = Annotated[
+    LocalTeacherConfig | RecordedTeacherConfig | ServerTeacherConfig, Field(discriminator="kind")
+]
