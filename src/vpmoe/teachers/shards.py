@@ -2,46 +2,72 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import TypeAdapter
 
 from vpmoe.errors import DataError
 from vpmoe.spans import Span
 from vpmoe.storage.atomic import TEMPORARY_SUFFIX, publish, write_error
 from vpmoe.storage.manifest import file_sha256
+from vpmoe.teachers.codecs import Codec, CodecConfig
+
+_CODECS: TypeAdapter[Any] = TypeAdapter(CodecConfig)
 
 # Arrow files are mapped, not read, so a store larger than memory can be used.
-_SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("num_labels", pa.int32()),  # length of the document, its end included
-        ("run_starts", pa.list_(pa.int32())),  # runs of labels of one span, in order
-        ("run_lengths", pa.list_(pa.int32())),
-        ("run_spans", pa.list_(pa.uint8())),
-        ("logprobs", pa.list_(pa.float16())),  # of the labels of all runs, one after the other
-    ]
-)
+_FIELDS = [
+    ("sample_id", pa.string()),
+    ("num_labels", pa.int32()),  # length of the document, its end included
+    ("run_starts", pa.list_(pa.int32())),  # runs of labels of one span, in order
+    ("run_lengths", pa.list_(pa.int32())),
+    ("run_spans", pa.list_(pa.uint8())),
+    ("logprobs", pa.list_(pa.float16())),  # of the labels of all runs, one after the other
+]
+_CODES = pa.large_list(pa.uint8())  # each of the codec's columns, named after it
+_PREFIX = "codes."
 _DIGITS = 16  # of the file's sha256, in its name
 _LOWEST = float(np.finfo(np.float16).min)
 
 
 @dataclass(frozen=True)
 class SampleTargets:
-    """Teacher log-probs of one document.
+    """What a teacher said about one document.
 
     Attributes:
         sample_id: Its row in the dataset.
         span_ids: `Span` of each label of the document, uint8.
         logprobs: Of the labels whose span is not ignored, in order, nats.
+        codes: Distributions at these labels: the codec's columns, each uint8.
     """
 
     sample_id: str
     span_ids: np.ndarray
     logprobs: np.ndarray
+    codes: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def codec_of(header: Mapping[str, Any]) -> Codec:
+    """The codec that a header names; a header without one is of log-probs alone.
+
+    Raises:
+        DataError: If this version has no such codec.
+    """
+    settings = header.get("codec", {"kind": "logprob"})
+    try:
+        return _CODECS.validate_python(settings).build()
+    except ValueError as error:
+        raise DataError(
+            f"targets were written with a codec that this version does not have: {settings}",
+            hint="read them with the version that wrote them, or score again",
+        ) from error
+
+
+def _schema(codec: Codec) -> pa.Schema:
+    return pa.schema([*_FIELDS, *((_PREFIX + name, _CODES) for name in codec.columns)])
 
 
 def shard_files(folder: Path) -> dict[int, Path]:
@@ -129,16 +155,36 @@ class Shard:
                 table = pa.ipc.open_file(source).read_all()
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"cannot read target shard {path}: {error}") from error
-        if not table.schema.equals(_SCHEMA, check_metadata=False):
+        if b"vpmoe" not in (table.schema.metadata or {}):
+            raise DataError(f"{path} is not a target shard", hint="score again")
+        self.header: dict[str, Any] = json.loads(table.schema.metadata[b"vpmoe"])
+        self.codec = codec_of(self.header)
+        if not table.schema.equals(_schema(self.codec), check_metadata=False):
             raise DataError(f"{path} is not a target shard of this version", hint="score again")
         columns = table.combine_chunks()
-        self.header: dict[str, Any] = json.loads(table.schema.metadata[b"vpmoe"])
         self.sample_ids: list[str] = columns["sample_id"].to_pylist()
         self._num_labels = columns["num_labels"].to_numpy()
         self._runs, self._starts = _lists(columns["run_starts"])
         self._run_lengths = _lists(columns["run_lengths"])[1]
         self._run_spans = _lists(columns["run_spans"])[1]
         self._offsets, self.values = _lists(columns["logprobs"])
+        self._codes = {name: _lists(columns[_PREFIX + name]) for name in self.codec.columns}
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of all codes, log-probs left out."""
+        return sum(len(data) for _, data in self._codes.values())
+
+    def num_trained(self, row: int) -> int:
+        """Labels of a document that the teacher was asked about."""
+        return int(self._offsets[row + 1] - self._offsets[row])
+
+    def codes(self, row: int) -> dict[str, np.ndarray]:
+        """The codec's columns of a document."""
+        return {
+            name: data[offsets[row] : offsets[row + 1]]
+            for name, (offsets, data) in self._codes.items()
+        }
 
     @property
     def value_spans(self) -> np.ndarray:
@@ -174,12 +220,13 @@ class Shard:
 def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets and values of a column of lists."""
     if column.num_chunks == 0:
-        return np.zeros(1, dtype=np.int32), column.type.value_type.to_pandas_dtype()([])
+        return np.zeros(1, dtype=np.int32), np.empty(0, column.type.value_type.to_pandas_dtype())
     array = column.chunk(0)
     return array.offsets.to_numpy(), array.values.to_numpy()
 
 
 def _table(samples: Sequence[SampleTargets], header: Mapping[str, Any]) -> pa.Table:
+    codec = codec_of(header)
     runs = [_runs_of(sample) for sample in samples]
     counts = [len(starts) for starts, _, _ in runs]
     lengths = [len(sample.logprobs) for sample in samples]
@@ -192,14 +239,20 @@ def _table(samples: Sequence[SampleTargets], header: Mapping[str, Any]) -> pa.Ta
             for k, dtype in enumerate((np.int32, np.int32, np.uint8))
         ),
         _list_array(lengths, logprobs),
+        *(_code_array([sample.codes[name] for sample in samples]) for name in codec.columns),
     ]
     text = json.dumps(header, sort_keys=True, ensure_ascii=False)
-    return pa.table(arrays, schema=_SCHEMA.with_metadata({"vpmoe": text}))
+    return pa.table(arrays, schema=_schema(codec).with_metadata({"vpmoe": text}))
 
 
 def _list_array(counts: Sequence[int], values: np.ndarray) -> pa.ListArray:
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _code_array(parts: Sequence[np.ndarray]) -> pa.LargeListArray:
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts)))
 
 
 def _runs_of(sample: SampleTargets) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

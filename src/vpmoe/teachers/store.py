@@ -1,4 +1,4 @@
-"""Teacher log-probs on disk, keyed by sample: written once by shards, read many times."""
+"""What a teacher said, on disk, keyed by sample: written once by shards, read many times."""
 
 import fcntl
 import json
@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import torch
 
 from vpmoe.config import difference
 from vpmoe.errors import DataError
@@ -20,9 +21,11 @@ from vpmoe.storage.manifest import (
     read_manifest,
     write_manifest,
 )
+from vpmoe.teachers.codecs import Entries
 from vpmoe.teachers.shards import (
     SampleTargets,
     Shard,
+    codec_of,
     is_named_by,
     remove_temporaries,
     require_whole,
@@ -30,7 +33,7 @@ from vpmoe.teachers.shards import (
     write_shard,
 )
 
-SCHEMA = "vpmoe_targets_v1"
+SCHEMA = "vpmoe_targets_v2"
 _LOCK_NAME = ".lock"
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
@@ -133,6 +136,7 @@ class TargetWriter:
             "header": self.header,
             "samples": sum(len(shard.sample_ids) for shard in shards),
             "labels": sum(len(shard.values) for shard in shards),
+            "code_bytes": sum(shard.code_bytes for shard in shards),
             "teacher_logprobs": _statistics(shards),
             "shards": [
                 {
@@ -168,7 +172,8 @@ class TargetStore(Mapping[str, np.ndarray]):
     """A finished store: sample id -> float16 log-probs at the labels of its document.
 
     Positions whose span is ignored hold 0. Arrays are as long as the document, its end included,
-    so they line up with the dataset's label-aligned arrays.
+    so they line up with the dataset's label-aligned arrays. Distributions, where the codec keeps
+    any, are unpacked by `entries` and `aligned_entries`.
 
     Args:
         path: Folder of the store.
@@ -186,6 +191,7 @@ class TargetStore(Mapping[str, np.ndarray]):
                 hint="give the folder that vpmoe score wrote",
             )
         self.header: dict[str, Any] = self.manifest["header"]
+        self.codec = codec_of(self.header)
         self._shards = [self._open(entry) for entry in self.manifest["shards"]]
         self._rows: dict[str, tuple[Shard, int]] = {}
         for shard in self._shards:
@@ -201,7 +207,10 @@ class TargetStore(Mapping[str, np.ndarray]):
         digest = require_whole(file)
         if digest != entry["sha256"]:
             raise DataError(f"{file} is not the shard that the manifest names", hint="score again")
-        return Shard(file)
+        shard = Shard(file)
+        if shard.header != self.header:
+            raise DataError(f"{file} was scored with other settings than the store's")
+        return shard
 
     def __getitem__(self, sample_id: str) -> np.ndarray:
         shard, row = self._rows[sample_id]
@@ -220,6 +229,48 @@ class TargetStore(Mapping[str, np.ndarray]):
         """`Span` of each label of the document as the teacher scored it, uint8."""
         shard, row = self._rows[sample_id]
         return shard.span_ids(row)
+
+    @property
+    def max_entries(self) -> int:
+        """The most ids that a label can have; 0 in a store of log-probs alone."""
+        return self.codec.max_entries
+
+    def num_trained(self, sample_id: str) -> int:
+        """Labels of the document that are not ignored."""
+        shard, row = self._rows[sample_id]
+        return shard.num_trained(row)
+
+    def entries(
+        self, sample_ids: Sequence[str], device: torch.device | str = "cpu"
+    ) -> Entries:
+        """Distributions at the labels that are not ignored, one document after the other.
+
+        Args:
+            sample_ids: Of the documents; one may come more than once.
+            device: Where they are unpacked, and stay.
+
+        Raises:
+            DataError: If the codes cannot be unpacked.
+        """
+        found = [self._rows[sample_id] for sample_id in sample_ids]
+        codes = [shard.codes(row) for shard, row in found]
+        columns = {
+            name: torch.from_numpy(np.concatenate([code[name] for code in codes])).to(device)
+            for name in (self.codec.columns if codes else ())
+        }
+        places = torch.tensor([shard.num_trained(row) for shard, row in found], device=device)
+        return self.codec.decode(columns, places)
+
+    def aligned_entries(self, sample_id: str) -> Entries:
+        """Distributions at all labels of a document; ignored ones have none."""
+        found = self.entries([sample_id])
+        trained = torch.from_numpy(self.span_ids(sample_id) != Span.IGNORE)
+        shape = (len(trained), found.ids.shape[1])
+        ids = torch.zeros(shape, dtype=torch.int64)
+        logprobs = torch.full(shape, -torch.inf)
+        tail = torch.full(shape[:1], -torch.inf)
+        ids[trained], logprobs[trained], tail[trained] = found.ids, found.logprobs, found.tail
+        return Entries(ids, logprobs, tail)
 
     def require(self, **expected: str) -> None:
         """Refuse a store that was made for another dataset, tokenizer or effort.

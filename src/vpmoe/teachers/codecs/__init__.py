@@ -1,0 +1,13 @@
+"""How a teacher's distributions are written down; `CodecConfig` is the list of ways."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from vpmoe.teachers.codecs.base import Codec as Codec
+from vpmoe.teachers.codecs.base import Entries as Entries
+from vpmoe.teachers.codecs.logprob import LogprobConfig
+from vpmoe.teachers.codecs.set_coded import SetCodedConfig
+from vpmoe.teachers.codecs.top_k import TopKConfig
+
+CodecConfig = Annotated[LogprobConfig | TopKConfig | SetCodedConfig, Field(discriminator="kind")]
