@@ -1,12 +1,13 @@
 """Batches from a dataset: packed or sliced, each a pure function of one integer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vpmoe.batch import PADDING_DOCUMENT, Batch
 from vpmoe.data.dataset import Dataset
@@ -18,6 +19,7 @@ from vpmoe.vocabulary import END_OF_TEXT
 BLOCK_DOCUMENTS = 1_024  # how far packing looks ahead
 _FILL_BLOCKS = 64
 _KEPT_BLOCKS = 8
+_ENTRIES_STEP = 8  # widths of a batch's targets are multiples of it, so that few shapes occur
 
 Mode = Literal["pack", "slice"]
 
@@ -37,6 +39,19 @@ class Piece:
     end: int
 
 
+class TargetSource(Protocol):
+    """Stored distributions, as a target store gives them."""
+
+    @property
+    def max_entries(self) -> int:
+        """The most ids that a label can have."""
+        ...
+
+    def entries(self, sample_ids: Sequence[str]) -> Any:
+        """`ids`, `logprobs` and `tail` at the trained labels of documents, one after another."""
+        ...
+
+
 class PackedLoader:
     """An endless stream of rows; row number k is the same whoever asks, whenever.
 
@@ -50,6 +65,7 @@ class PackedLoader:
         mode: "pack" never splits a document and pads; "slice" lays the documents end to end and
             cuts every `seq_len` tokens, losing less than one row an epoch.
         scores: sample_id -> teacher log-probs of the document's labels, one per token.
+        targets: Distributions of the same samples; batches then hold them too.
         only: Use only documents with these ids.
 
     Attributes:
@@ -67,6 +83,7 @@ class PackedLoader:
         seed: int,
         mode: Mode = "pack",
         scores: Mapping[str, np.ndarray] | None = None,
+        targets: TargetSource | None = None,
         only: frozenset[str] | None = None,
     ) -> None:
         self.dataset = dataset
@@ -74,6 +91,7 @@ class PackedLoader:
         self.seed = seed
         self.mode: Mode = mode
         self._scores = scores
+        self._targets = targets
         self._indices = _chosen(dataset, only)
         self.num_documents = int(self._indices.size)
         self._num_blocks = -(-self.num_documents // BLOCK_DOCUMENTS)
@@ -209,6 +227,7 @@ class PackedLoader:
         if scores is not None:
             scores[span_ids == Span.IGNORE] = 0
         sample_id = self.dataset.sample_id
+        trained = torch.from_numpy(span_ids != Span.IGNORE)
         return Batch(
             tokens=torch.from_numpy(tokens),
             labels=torch.from_numpy(labels),
@@ -217,7 +236,39 @@ class PackedLoader:
             positions=torch.from_numpy(positions),
             teacher_logprobs=None if scores is None else torch.from_numpy(scores),
             sample_ids=tuple(tuple(sample_id(p.document) for p in pieces) for pieces in rows),
+            **self._target_fields(rows, trained),
         )
+
+    def _target_fields(self, rows: list[list[Piece]], trained: Tensor) -> dict[str, Tensor]:
+        """Stored distributions at the trained labels of the rows, which follow one another alike.
+
+        As wide as the fullest label of the batch needs, or a little wider.
+        """
+        if self._targets is None:
+            return {}
+        pieces = [piece for row in rows for piece in row]
+        found = self._targets.entries([self.dataset.sample_id(p.document) for p in pieces])
+        kept = torch.from_numpy(np.concatenate([self._trained_inside(p) for p in pieces]))
+        if len(kept) != len(found.ids):
+            raise DataError(
+                f"{len(kept)} trained labels, and targets for {len(found.ids)}",
+                hint="score the dataset again",
+            )
+        needed = found.ids.shape[1]
+        width = min(-(-needed // _ENTRIES_STEP) * _ENTRIES_STEP, self._targets.max_entries)
+        ids = torch.zeros(*trained.shape, width, dtype=torch.int64)
+        logprobs = torch.full(ids.shape, -torch.inf)
+        tail = torch.full(trained.shape, -torch.inf)
+        place = trained.nonzero(as_tuple=True)
+        ids[*place, :needed] = found.ids[kept]
+        logprobs[*place, :needed] = found.logprobs[kept]
+        tail[place] = found.tail[kept]
+        return {"target_ids": ids, "target_logprobs": logprobs, "target_tail": tail}
+
+    def _trained_inside(self, piece: Piece) -> np.ndarray:
+        """For each trained label of the piece's document, whether the piece holds it."""
+        place = np.flatnonzero(self.dataset.span_ids(piece.document) != Span.IGNORE)
+        return (piece.begin <= place) & (place < piece.end)
 
     def _document_scores(self, piece: Piece) -> np.ndarray:
         if self._scores is None:

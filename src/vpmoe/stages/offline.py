@@ -11,9 +11,12 @@ from vpmoe.config import Config
 from vpmoe.data.dataset import Dataset
 from vpmoe.data.loader import PackedLoader
 from vpmoe.data.mixture import anchors_before, uses_anchor
+from vpmoe.errors import DataError
 from vpmoe.losses import ConfidenceWeightedConfig, CrossEntropyConfig, Loss
 from vpmoe.stages.base import StageConfig, finish, open_student, rank_batches, valid_hooks
 from vpmoe.stages.score import open_targets
+from vpmoe.teachers.base import TARGETS
+from vpmoe.teachers.store import TargetStore
 from vpmoe.train.device import World, world
 from vpmoe.train.hooks import Observer
 from vpmoe.train.loop import train
@@ -61,7 +64,12 @@ class Offline(Plan):
         seq_len, seed = config.batch.seq_len, config.seed
         self._plain = PackedLoader(dataset, seq_len=seq_len, seed=seed)
         self._scored = PackedLoader(
-            dataset, seq_len=seq_len, seed=seed, scores=store, only=frozenset(store)
+            dataset,
+            seq_len=seq_len,
+            seed=seed,
+            scores=store,
+            targets=_distributions(store, config.loss.needs),
+            only=frozenset(store),
         )
         self._plain_loss = config.plain_loss.build()
         self._scored_loss = config.loss.build()
@@ -91,6 +99,22 @@ class Offline(Plan):
     def load_state(self, state: Any) -> None:
         """Put back what `state` gave."""
         self._scored_loss.load_state_dict(state["loss"])
+
+
+def _distributions(store: TargetStore, needs: frozenset[str]) -> TargetStore | None:
+    """The store, where the loss reads distributions from it.
+
+    Raises:
+        DataError: If the store has none.
+    """
+    if TARGETS not in needs:
+        return None
+    if not store.max_entries:
+        raise DataError(
+            f"the loss needs distributions, and target store {store.path} holds log-probs alone",
+            hint="score again with codec.kind = set_coded, or choose another loss",
+        )
+    return store
 
 
 # Run

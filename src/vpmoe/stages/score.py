@@ -1,24 +1,29 @@
-"""Before stage 2: a teacher's log-probs of a dataset's own answers, written once."""
+"""Before stage 2: what a teacher thinks of a dataset's own answers, written once."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
+import torch
+from pydantic import Field, field_validator, model_validator
 
 from vpmoe.batch import ReasoningEffort
 from vpmoe.config import Config, resolved
-from vpmoe.data.dataset import Dataset
+from vpmoe.data.dataset import Dataset, Document
 from vpmoe.data.effort import with_effort
 from vpmoe.data.harmony import RenderConfig
 from vpmoe.errors import DataError
 from vpmoe.spans import Span
 from vpmoe.teachers import TeacherConfig
-from vpmoe.teachers.base import ROLLOUT_LOGPROBS, Teacher, require_logprobs
+from vpmoe.teachers.ask import Answer, ask
+from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, Teacher
+from vpmoe.teachers.codecs import Codec, CodecConfig
+from vpmoe.teachers.codecs.logprob import LogprobConfig
 from vpmoe.teachers.selection import Column, Pool, SelectionConfig, select
 from vpmoe.teachers.shards import SampleTargets
 from vpmoe.teachers.store import TargetStore, TargetWriter
@@ -46,6 +51,8 @@ class ScoreConfig(Config):
     """Named in the teacher's system message; absent = the prompt as the dataset renders it."""
     selection: SelectionConfig = SelectionConfig()
     """Which samples."""
+    codec: CodecConfig = LogprobConfig()
+    """What is kept of the teacher's distributions, beside the log-prob of each trained token."""
     shard_tokens: int = Field(default=2**20, ge=1)
     """Tokens of the documents in one file; a killed run loses the file under way."""
 
@@ -55,6 +62,15 @@ class ScoreConfig(Config):
         if ROLLOUT_LOGPROBS not in teacher.provides:
             raise ValueError(f"a {teacher.kind} teacher cannot score a dataset; use kind = local")
         return teacher
+
+    @model_validator(mode="after")
+    def _can_serve(self) -> Self:
+        if self.codec.build().needs != "logprobs" and TARGETS not in self.teacher.provides:
+            raise ValueError(
+                f"a {self.teacher.kind} teacher gives log-probs alone, which is not enough for "
+                f"codec {self.codec.kind}; use codec.kind = logprob"
+            )
+        return self
 
 
 # Build
@@ -98,39 +114,67 @@ def open_targets(path: Path, dataset: Dataset) -> TargetStore:
 # Step
 
 
-def score_samples(
+def ask_about(
     dataset: Dataset,
     teacher: Teacher,
-    indices: Sequence[int],
+    codec: Codec,
+    documents: Sequence[Document],
     *,
     reasoning_effort: ReasoningEffort | None = None,
-) -> list[SampleTargets]:
-    """Teacher log-probs at the trained labels of some documents.
+) -> list[Answer]:
+    """What a teacher says at the trained labels of some documents.
 
     Where the teacher's system message names another effort than the dataset's, the labels move;
     the answer's tokens stay the same ones.
 
     Args:
-        dataset: Tokens and label-aligned spans.
-        teacher: Who scores.
-        indices: Of the documents.
+        dataset: Where the documents are from, for how they were rendered.
+        teacher: Who is asked.
+        codec: What of its distributions is wanted.
+        documents: Tokens and label-aligned spans.
         reasoning_effort: For the teacher's system message; None leaves the document as it is.
 
     Raises:
-        TeacherError: If an answer is not a log-prob of what was asked.
+        TeacherError: If an answer cannot be right.
     """
-    render = RenderConfig(**dataset.manifest["config"]["render"])
-    documents = [dataset.conversation(index) for index in indices]
     asked = [document.tokens[:-1] for document in documents]  # not about the end of the text
     if reasoning_effort is not None:
+        render = dataset.render
         asked = [with_effort(tokens, reasoning_effort, render=render) for tokens in asked]
-    scores = teacher.score(asked)
-    require_logprobs(asked, scores)
-    targets = []
-    for document, sequence, logprobs in zip(documents, asked, scores, strict=True):
+    answers = []
+    for document, sequence, answer in zip(
+        documents, asked, ask(teacher, codec, asked), strict=True
+    ):
         shift = len(sequence) - (len(document.tokens) - 1)
         trained = np.flatnonzero(document.span_ids != Span.IGNORE) + shift
-        targets.append(SampleTargets(document.sample_id, document.span_ids, logprobs[trained]))
+        entries = answer.entries and answer.entries.select(torch.from_numpy(trained))
+        answers.append(Answer(answer.logprobs[trained], entries))
+    return answers
+
+
+def packed(
+    documents: Sequence[Document],
+    answers: Sequence[Answer],
+    codec: Codec,
+    device: torch.device | str = "cpu",
+) -> list[SampleTargets]:
+    """Answers as a store keeps them.
+
+    Args:
+        documents: That the teacher was asked about.
+        answers: At their trained labels.
+        codec: How distributions are packed.
+        device: Where they are packed; the bytes are the same everywhere, up to rounding.
+    """
+    targets = []
+    for document, answer in zip(documents, answers, strict=True):
+        codes: dict[str, np.ndarray] = {}
+        if answer.entries is not None:
+            entries = answer.entries.to(device)
+            places = torch.tensor([len(entries)], device=device)
+            columns = codec.encode(entries, places)
+            codes = {name: column.data.cpu().numpy() for name, column in columns.items()}
+        targets.append(SampleTargets(document.sample_id, document.span_ids, answer.logprobs, codes))
     return targets
 
 
@@ -145,8 +189,9 @@ def score_dataset(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a store that holds the teacher's log-probs of the selected samples.
+    """The manifest of a store that holds what the teacher says of the selected samples.
 
+    Answers are packed while the teacher reads the next piece.
     Everything but `data`, `split` and `teacher` of `config` is used; those are given as objects.
 
     Raises:
@@ -165,14 +210,9 @@ def score_dataset(
     total, done = int(lengths[chosen].sum()), 0
     with TargetWriter(config.output, _header(dataset, teacher, config), overwrite=overwrite) as out:
         for number, members in enumerate(slices):
-            targets: dict[int, SampleTargets] = {}
             if number not in out.done:
-                # Similar lengths share a piece, so that the teacher pads little.
-                ordered = sorted(members, key=lambda i: (-lengths[i], i))
-                for piece in _cut(ordered, lengths, _PIECE_TOKENS):
-                    scored = score_samples(
-                        dataset, teacher, piece, reasoning_effort=config.reasoning_effort
-                    )
+                targets: dict[int, SampleTargets] = {}
+                for piece, scored in _scored(dataset, teacher, config, members):
                     targets.update(zip(piece, scored, strict=True))
                     if progress:
                         progress(done + int(lengths[list(targets)].sum()), total)
@@ -181,6 +221,27 @@ def score_dataset(
             if progress:
                 progress(done, total)
         return out.finish(len(slices))
+
+
+def _scored(
+    dataset: Dataset, teacher: Teacher, config: ScoreConfig, members: Sequence[int]
+) -> Iterator[tuple[list[int], list[SampleTargets]]]:
+    """Documents in pieces of similar length, so that the teacher pads little; packed on the way."""
+    codec, lengths = config.codec.build(), dataset.lengths
+    device = getattr(config.teacher, "device", "cpu")
+    ordered = sorted(members, key=lambda i: (-lengths[i], i))
+    waiting: tuple[list[int], Future[list[SampleTargets]]] | None = None
+    with ThreadPoolExecutor(1) as packer:
+        for piece in _cut(ordered, lengths, _PIECE_TOKENS):
+            documents = [dataset.conversation(index) for index in piece]
+            answers = ask_about(
+                dataset, teacher, codec, documents, reasoning_effort=config.reasoning_effort
+            )
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = piece, packer.submit(packed, documents, answers, codec, device)
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def pool_of(dataset: Dataset) -> Pool:
@@ -227,6 +288,7 @@ def _header(dataset: Dataset, teacher: Teacher, config: ScoreConfig) -> dict[str
         "dataset_sha256": content_sha256(dataset),
         "split": dataset.split,
         "reasoning_effort": effort,
+        "codec": resolved(config.codec),
         "selection": resolved(config.selection),
         "shard_tokens": config.shard_tokens,
     }

@@ -240,9 +240,7 @@ class TargetStore(Mapping[str, np.ndarray]):
         shard, row = self._rows[sample_id]
         return shard.num_trained(row)
 
-    def entries(
-        self, sample_ids: Sequence[str], device: torch.device | str = "cpu"
-    ) -> Entries:
+    def entries(self, sample_ids: Sequence[str], device: torch.device | str = "cpu") -> Entries:
         """Distributions at the labels that are not ignored, one document after the other.
 
         Args:

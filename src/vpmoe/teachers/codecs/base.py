@@ -39,9 +39,13 @@ class Entries:
         """How many entries each place uses."""
         return (self.logprobs > -torch.inf).sum(1)
 
-    def rows(self, begin: int, end: int) -> "Entries":
-        """Places `begin` to `end`."""
-        return Entries(self.ids[begin:end], self.logprobs[begin:end], self.tail[begin:end])
+    def select(self, rows: Tensor) -> "Entries":
+        """The chosen places, by number or by mask."""
+        return Entries(self.ids[rows], self.logprobs[rows], self.tail[rows])
+
+    def to(self, device: torch.device | str) -> "Entries":
+        """The same on `device`."""
+        return Entries(self.ids.to(device), self.logprobs.to(device), self.tail.to(device))
 
     def ranked(self) -> "Entries":
         """The same with the likeliest entry first; of equal ones the lower id."""
@@ -70,12 +74,14 @@ class Codec(Protocol):
     Attributes:
         needs: What of a teacher it keeps: nothing but log-probs, the likeliest ids, or drawn ones.
         asked: How many likeliest ids, or draws, it asks a teacher for.
+        seed: Decides the draws.
         max_entries: The most entries that a place can have once unpacked.
         columns: Names of its columns of bytes.
     """
 
     needs: Needs
     asked: int
+    seed: int = 0
     max_entries: int
     columns: tuple[str, ...]
 

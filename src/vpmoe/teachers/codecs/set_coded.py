@@ -51,16 +51,12 @@ class SetCoded(Codec):
         self.asked = self.max_entries = config.k
         self._bits = config.value_bits
 
-    def encode(
-        self, entries: Entries, places: Int64[Tensor, " samples"]
-    ) -> dict[str, Column]:
+    def encode(self, entries: Entries, places: Int64[Tensor, " samples"]) -> dict[str, Column]:
         """The same number of ids at every place."""
         counts = torch.full_like(entries.ids[:, 0], self.max_entries)
         return pack(entries, counts, places, bits=self._bits)
 
-    def decode(
-        self, columns: Mapping[str, Tensor], places: Int64[Tensor, " samples"]
-    ) -> Entries:
+    def decode(self, columns: Mapping[str, Tensor], places: Int64[Tensor, " samples"]) -> Entries:
         """The entries of all places, ids ascending."""
         counts = torch.full((int(places.sum()),), self.max_entries, device=places.device)
         return unpack(columns, counts, places, bits=self._bits, width=self.max_entries)
@@ -111,7 +107,10 @@ def unpack(
         raise damaged("a mass above one")
     flat = decode_sets(columns[LOW], columns[HIGH], counts, places)
     used = _used(counts, width)
-    ids, codes = torch.zeros_like(used, dtype=torch.int64), torch.zeros_like(used, dtype=torch.int64)
+    ids, codes = (
+        torch.zeros_like(used, dtype=torch.int64),
+        torch.zeros_like(used, dtype=torch.int64),
+    )
     ids[used] = flat
     codes[used] = _unpack_values(columns["values"], counts, places, bits)
     return Entries(ids, expanded(codes, deepest, tail, used, bits), tail)

@@ -54,22 +54,16 @@ class TopK(Codec):
         self.asked = self.max_entries = config.k
         self._id_bytes = -(-config.k * ID_BITS // 8)
 
-    def encode(
-        self, entries: Entries, places: Int64[Tensor, " samples"]
-    ) -> dict[str, Column]:
+    def encode(self, entries: Entries, places: Int64[Tensor, " samples"]) -> dict[str, Column]:
         """Rows of values, and rows of ids that begin with a byte of their own."""
         size = self._id_bytes
-        ids = put(
-            entries.ids.reshape(-1), self._starts(entries.ids), ID_BITS, len(entries) * size
-        )
+        ids = put(entries.ids.reshape(-1), self._starts(entries.ids), ID_BITS, len(entries) * size)
         return {
             "values": Column(to_bytes(entries.logprobs), places * 2 * self.max_entries),
             "ids": Column(ids, places * size),
         }
 
-    def decode(
-        self, columns: Mapping[str, Tensor], places: Int64[Tensor, " samples"]
-    ) -> Entries:
+    def decode(self, columns: Mapping[str, Tensor], places: Int64[Tensor, " samples"]) -> Entries:
         """The entries in the order they were given; rounding may not lift their mass above one."""
         k, count = self.max_entries, int(places.sum())
         require_size("values", len(columns["values"]), 2 * k * count)
