@@ -1,4 +1,4 @@
-"""The ten verbs; nothing heavy is imported before a verb runs."""
+"""The verbs; nothing heavy is imported before a verb runs."""
 
 import contextlib
 import os
@@ -10,7 +10,19 @@ from typing import Annotated, Any
 import typer
 
 from vpmoe import __version__
-from vpmoe.cli import chat, check, count, data, demo, evaluate, export, report, score, train
+from vpmoe.cli import (
+    chat,
+    check,
+    count,
+    data,
+    demo,
+    evaluate,
+    export,
+    profile,
+    report,
+    score,
+    train,
+)
 from vpmoe.cli.complaints import complain
 from vpmoe.cli.grammar import Verbs
 
@@ -29,7 +41,19 @@ NOISE = (
     "full scope is deprecated",
     "torch.distributed is disabled",
 )
-ORDER = ["check", "count", "data", "score", "train", "eval", "export", "chat", "report", "demo"]
+ORDER = [
+    "check",
+    "count",
+    "data",
+    "score",
+    "train",
+    "profile",
+    "eval",
+    "export",
+    "chat",
+    "report",
+    "demo",
+]
 
 
 class _InOrder(Verbs):
@@ -72,6 +96,7 @@ for name, verb in {
     "export": export.export,
     "chat": chat.chat,
     "report": report.report,
+    "profile": profile.profile,
     "demo": demo.demo,
 }.items():
     app.command(name)(verb)

@@ -115,25 +115,27 @@ def _stage_facts(config: Any) -> Facts:
     if hasattr(config, "targets"):
         facts.append(("targets", str(config.targets.path)))
     if config.student is not None:
-        facts.append(("memory", _memory_line(config)))
+        facts += _cost_facts(config)
     return facts
 
 
-def _memory_line(config: Any) -> str:
-    """Estimate for one process that trains alone; more processes share the optimizer."""
-    from vpmoe.models.count import count
+def _cost_facts(config: Any) -> Facts:
+    """Estimates for one process that trains alone; more processes share the optimizer."""
+    from vpmoe.train.estimate import estimate
 
-    size = count(config.student, seq_len=config.batch.seq_len)
-    is_half = config.dtype == "bfloat16"
-    weights = size.weight_bytes if is_half else 4 * size.total
-    optimizer = size.optimizer_bytes + (size.master_bytes if is_half else 0)
-    tokens = config.batch.micro_batch_size * config.batch.seq_len
-    activations = size.activation_bytes_per_token * tokens * (1 if is_half else 2)
-    total = weights + size.gradient_bytes + optimizer + activations
-    return (
-        f"{gib(total)} on one {config.device} process (weights {gib(weights)}, gradients "
-        f"{gib(size.gradient_bytes)}, optimizer {gib(optimizer)}, activations {gib(activations)})"
-    )
+    found = estimate(config, config.student)
+    facts = [
+        (
+            "memory",
+            f"{found.total_gib:.1f} GiB on one {config.device} process (weights "
+            f"{found.weights_gib:.1f}, gradients {found.gradients_gib:.1f}, optimizer "
+            f"{found.optimizer_gib:.1f}, activations {found.activations_gib:.1f})",
+        )
+    ]
+    if found.tokens_per_s and found.step_s:
+        speed = f"{short(found.tokens_per_s)} tokens/s, {found.step_s:.2f} s a step, estimated"
+        facts.append(("speed", speed))
+    return facts
 
 
 def _data_config_facts(config: Any) -> Facts:

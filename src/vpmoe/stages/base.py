@@ -1,6 +1,7 @@
 """What the stages of training share: a student, a dataset, held-out measurements."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -21,6 +22,7 @@ from vpmoe.storage.manifest import provenance, write_manifest
 from vpmoe.train.config import BatchConfig, TrainConfig, rows_of_rank
 from vpmoe.train.device import World
 from vpmoe.train.hooks import Hook, Position, Row
+from vpmoe.train.plan import Plan
 from vpmoe.train.state import load_student
 
 SUMMARY_FILE = "summary.json"
@@ -84,6 +86,21 @@ def open_student(config: StageConfig, device: torch.device) -> tuple[Student, di
         )
     origin = {key: manifest[key] for key in ("step", "tokens_seen", "fingerprint", "inputs")}
     return student, {"init": {"path": config.init, **origin}}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stage that is ready to train.
+
+    Attributes:
+        student: On the world's device.
+        plan: Batches and loss of each step.
+        findings: What was measured on the way, for the run's summary.
+    """
+
+    student: Student
+    plan: Plan
+    findings: dict[str, Any] = field(default_factory=dict)
 
 
 def rank_batches(

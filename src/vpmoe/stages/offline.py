@@ -13,7 +13,14 @@ from vpmoe.data.loader import PackedLoader
 from vpmoe.data.mixture import anchors_before, uses_anchor
 from vpmoe.errors import DataError
 from vpmoe.losses import ConfidenceWeightedConfig, CrossEntropyConfig, Loss
-from vpmoe.stages.base import StageConfig, finish, open_student, rank_batches, valid_hooks
+from vpmoe.stages.base import (
+    Prepared,
+    StageConfig,
+    finish,
+    open_student,
+    rank_batches,
+    valid_hooks,
+)
 from vpmoe.stages.score import open_targets
 from vpmoe.teachers.base import TARGETS
 from vpmoe.teachers.store import TargetStore
@@ -117,6 +124,12 @@ def _distributions(store: TargetStore, needs: frozenset[str]) -> TargetStore | N
     return store
 
 
+def prepare(config: OfflineConfig, ranks: World) -> Prepared:
+    """The student and the plan, before the first step."""
+    student, inputs = open_student(config, ranks.device)
+    return Prepared(student, Offline(config, inputs, ranks))
+
+
 # Run
 
 
@@ -131,16 +144,14 @@ def run(
         observers: Readers of the metrics stream, e.g. a progress bar.
     """
     with world(config.device, threads=config.threads) as ranks:
-        student, inputs = open_student(config, ranks.device)
-        plan = Offline(config, inputs, ranks)
-        hooks = valid_hooks(config)
+        ready = prepare(config, ranks)
         end = train(
-            student,
-            plan,
+            ready.student,
+            ready.plan,
             config,
             world=ranks,
             resume=resume,
-            hooks=hooks,
+            hooks=valid_hooks(config),
             observers=observers,
         )
         return finish(config, end, ranks, {})

@@ -27,7 +27,14 @@ from vpmoe.rollouts.curriculum import EFFORTS, CurriculumConfig
 from vpmoe.rollouts.doctor import require_same_prompts, require_sampler_equals_trainer
 from vpmoe.rollouts.gates import GatesConfig, RoundHealth, broken_gates, round_health
 from vpmoe.rollouts.source import LocalRollouts, Request, RolloutsConfig, RolloutSource
-from vpmoe.stages.base import StageConfig, finish, open_student, rank_batches, valid_hooks
+from vpmoe.stages.base import (
+    Prepared,
+    StageConfig,
+    finish,
+    open_student,
+    rank_batches,
+    valid_hooks,
+)
 from vpmoe.teachers.local import LocalTeacherConfig
 from vpmoe.teachers.server import ServerTeacherConfig
 from vpmoe.train.device import World, world
@@ -258,6 +265,29 @@ def render_of(dataset: Dataset) -> RenderConfig:
     return RenderConfig(**dataset.manifest["config"]["render"])
 
 
+def prepare(config: OnPolicyConfig, ranks: World) -> Prepared:
+    """Student, sampler and teacher, examined before the first step."""
+    student, inputs = open_student(config, ranks.device)
+    dataset = Dataset(config.data, "train")
+    require_known_prompts(inputs, dataset)
+    render = render_of(dataset)
+    asked = config.rollouts.prompts
+    pool = QueryPrompts(asked, render) if asked else DatasetPrompts(dataset)
+    teacher = config.teacher.build()
+    source = LocalRollouts(
+        student,
+        teacher,
+        pool,
+        config.rollouts,
+        seed=config.seed,
+        has_effort=render.system,
+    )
+    found = examine(student, source, config, dataset)
+    inputs = {**inputs, "teacher": teacher.identity.as_dict()}
+    plan = OnPolicy(config, source, dataset, inputs, ranks)
+    return Prepared(student, plan, {"doctor": found})
+
+
 # Run
 
 
@@ -272,32 +302,14 @@ def run(
         observers: Readers of the metrics stream, e.g. a progress bar.
     """
     with world(config.device, threads=config.threads) as ranks:
-        student, inputs = open_student(config, ranks.device)
-        dataset = Dataset(config.data, "train")
-        require_known_prompts(inputs, dataset)
-        render = render_of(dataset)
-        asked = config.rollouts.prompts
-        pool = QueryPrompts(asked, render) if asked else DatasetPrompts(dataset)
-        teacher = config.teacher.build()
-        source = LocalRollouts(
-            student,
-            teacher,
-            pool,
-            config.rollouts,
-            seed=config.seed,
-            has_effort=render.system,
-        )
-        found = examine(student, source, config, dataset)
-        inputs = {**inputs, "teacher": teacher.identity.as_dict()}
-        plan = OnPolicy(config, source, dataset, inputs, ranks)
-        hooks = valid_hooks(config)
+        ready = prepare(config, ranks)
         end = train(
-            student,
-            plan,
+            ready.student,
+            ready.plan,
             config,
             world=ranks,
             resume=resume,
-            hooks=hooks,
+            hooks=valid_hooks(config),
             observers=observers,
         )
-        return finish(config, end, ranks, {"doctor": found})
+        return finish(config, end, ranks, ready.findings)

@@ -8,7 +8,14 @@ from vpmoe.data.dataset import Dataset
 from vpmoe.data.loader import PackedLoader
 from vpmoe.losses.base import Loss
 from vpmoe.losses.cross_entropy import CrossEntropyConfig
-from vpmoe.stages.base import StageConfig, finish, open_student, rank_batches, valid_hooks
+from vpmoe.stages.base import (
+    Prepared,
+    StageConfig,
+    finish,
+    open_student,
+    rank_batches,
+    valid_hooks,
+)
 from vpmoe.stages.stop import StopConfig, stop_report
 from vpmoe.storage.runs import read_metrics
 from vpmoe.train.device import World, world
@@ -58,6 +65,12 @@ class WarmStart(Plan):
         return rank_batches(self._loader, start, self._batch, self._ranks), self._loss
 
 
+def prepare(config: WarmStartConfig, ranks: World) -> Prepared:
+    """The student and the plan, before the first step."""
+    student, inputs = open_student(config, ranks.device)
+    return Prepared(student, WarmStart(config, inputs, ranks))
+
+
 # Run
 
 
@@ -72,11 +85,10 @@ def run(
         observers: Readers of the metrics stream, e.g. a progress bar.
     """
     with world(config.device, threads=config.threads) as ranks:
-        student, inputs = open_student(config, ranks.device)
-        plan = WarmStart(config, inputs, ranks)
+        ready = prepare(config, ranks)
         end = train(
-            student,
-            plan,
+            ready.student,
+            ready.plan,
             config,
             world=ranks,
             resume=resume,

@@ -14,7 +14,7 @@ from vpmoe.train.parallel import Replica
 from vpmoe.train.plan import Plan, tokens_before
 from vpmoe.train.record import Record
 from vpmoe.train.state import open_run, restore, save
-from vpmoe.train.step import apply_gradients, sum_gradients
+from vpmoe.train.step import take_step
 
 
 def train(
@@ -55,15 +55,7 @@ def train(
             # Before the batches: on-policy ones are sampled by the student that will train on them.
             student.set_progress(tokens_earlier + position.tokens_seen)
             with watch("step"):
-                with watch("data"):
-                    batches, loss = plan.micro_batches(position.step)
-                with watch("forward_backward"):
-                    summed = sum_gradients(replica, batches, loss, config)
-                with watch("optimizer"):
-                    applied = apply_gradients(
-                        replica, config, step=position.step, num_steps=plan.num_steps
-                    )
-                    loss.after_step(summed.losses)
+                summed, applied = take_step(replica, plan, config, step=position.step, watch=watch)
             position = position.after(summed.num_tokens)
             with watch("eval"):
                 measured = run_hooks(hooks, student, position, plan.num_steps)

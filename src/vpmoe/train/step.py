@@ -15,8 +15,9 @@ from vpmoe.losses.load_balance import load_balance_loss
 from vpmoe.models.student import Student
 from vpmoe.spans import TRAINED_SPANS, Span
 from vpmoe.train.config import SpanWeightsConfig, TrainConfig
-from vpmoe.train.metrics import loss_metrics
+from vpmoe.train.metrics import Stopwatch, loss_metrics
 from vpmoe.train.parallel import Replica
+from vpmoe.train.plan import Plan
 from vpmoe.train.reduce import add_sums, all_sums, global_counts
 
 LOAD_BALANCE = "load_balance"
@@ -47,6 +48,20 @@ class StepSums:
             "train/tokens": self.num_tokens,
             "train/fill_pct": 100 * self.num_tokens / max(self.num_slots, 1),
         }
+
+
+def take_step(
+    replica: Replica, plan: Plan, config: TrainConfig, *, step: int, watch: Stopwatch
+) -> tuple[StepSums, dict[str, float | int]]:
+    """Batches, gradients, update: one optimizer step, and what there is to log of it."""
+    with watch("data"):
+        batches, loss = plan.micro_batches(step)
+    with watch("forward_backward"):
+        summed = sum_gradients(replica, batches, loss, config)
+    with watch("optimizer"):
+        applied = apply_gradients(replica, config, step=step, num_steps=plan.num_steps)
+        loss.after_step(summed.losses)
+    return summed, applied
 
 
 def sum_gradients(

@@ -1,0 +1,70 @@
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tests.train.toy import ToyPlan, student_config, train_config
+from vpmoe.models.student import build_student
+from vpmoe.train.estimate import estimate
+from vpmoe.train.regions import OTHER, REGIONS, attribute, marked, scoped
+from vpmoe.train.step import run_student
+
+
+def profiled(student, batch):
+    with marked(student), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        inputs, _ = run_student(student, batch)
+        product = scoped("head + loss", torch.mm)
+        product(inputs.hidden, inputs.head_weight.T).square().sum().backward()
+    return found.events()
+
+
+def test_all_time_is_in_a_known_region_and_counted_once(tmp_path):
+    config = train_config(tmp_path / "run")
+    student = build_student(student_config(), seed=0)
+    events = profiled(student, ToyPlan(config).micro_batches(0)[0][0])
+    found = attribute(events, shared_width=student.config.moe.shared_expert_hidden)
+    assert set(found.regions) <= set(REGIONS)
+    own = sum(e.self_cpu_time_total for e in events if not e.name.startswith("vpmoe/")) / 1e3
+    assert abs(sum(found.regions.values()) - own) < 1e-6 * own
+    assert abs(sum(row[3] for row in found.kernels) - own) < 1e-6 * own
+    for region in ("attention local", "attention global", "shared expert", "router", "experts"):
+        assert found.regions[region] > 0, region
+
+
+def test_a_backward_operation_belongs_to_the_forward_one_it_differentiates(tmp_path):
+    config = train_config(tmp_path / "run")
+    student = build_student(student_config(), seed=0)
+    batch = ToyPlan(config).micro_batches(0)[0][0]
+    events = profiled(student, batch)
+    table = {}
+    for name, region, calls, _ in attribute(events, shared_width=0).kernels:
+        table.setdefault(name, {})[region] = calls
+    # The head is one product forward and two backward; attention's softmax knows its own region.
+    assert table["aten::mm"]["head + loss"] == 3
+    backward = [name for name in table if "SinkSoftmaxBackward" in name]
+    assert backward and all(
+        set(table[n]) <= {"attention local", "attention global"} for n in backward
+    )
+    assert OTHER in table["aten::embedding_dense_backward"]
+
+
+def test_marks_leave_no_trace():
+    student = build_student(student_config(), seed=0)
+    before = [(layer.kernels, layer.mlp.__dict__.get("kernels")) for layer in student.layers]
+    with marked(student):
+        assert student.layers[0].kernels is not before[0][0]
+    assert [(x.kernels, x.mlp.__dict__.get("kernels")) for x in student.layers] == before
+
+
+def test_weights_and_optimizer_are_estimated_to_the_byte(tmp_path):
+    from vpmoe.optim.optimizer import NorMuonAdamW
+
+    config = train_config(tmp_path / "run", dtype="bfloat16")
+    student = build_student(student_config(), seed=0, dtype=torch.bfloat16)
+    found = estimate(config, student.config)
+    weights = sum(p.numel() * p.element_size() for p in student.parameters())
+    assert found.weights_gib == weights / 2**30
+    optimizer = NorMuonAdamW(student.named_parameters(), config.optimizer)
+    held = 0
+    for state in optimizer.state().values():
+        held += sum(v.numel() * v.element_size() for v in state.values() if torch.is_tensor(v))
+    assert abs(found.optimizer_gib * 2**30 - held) < 0.02 * held
+    assert found.step_s is None  # nothing is known of the reference's speed
