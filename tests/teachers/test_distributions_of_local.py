@@ -119,25 +119,29 @@ OTHERS = {
 }
 
 
+def other_model(name, vocab_size, **changes):
+    import transformers
+
+    config_class, model_class, defaults = OTHERS[name]
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.3,
+    }
+    config = getattr(transformers, config_class)(**(settings | defaults | changes))
+    torch.manual_seed(0)
+    return getattr(transformers, model_class)(config).eval()
+
+
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("ids", [SUBSET, None], ids=["subset", "whole"])
 def test_other_architectures_with_the_vocabulary(tmp_path, name, attention, ids):
-    import transformers
-
-    config_class, model_class, changes = OTHERS[name]
-    config = getattr(transformers, config_class)(
-        vocab_size=VOCAB_SIZE if ids is None else len(ids),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        **changes,
-    )
-    torch.manual_seed(0)
-    model = getattr(transformers, model_class)(config).eval()
+    model = other_model(name, VOCAB_SIZE if ids is None else len(ids))
     model.save_pretrained(tmp_path)
     if ids is not None:
         (tmp_path / "vocab_ids.json").write_text(json.dumps(ids))

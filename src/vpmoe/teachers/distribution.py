@@ -22,7 +22,7 @@ class Head:
     """A teacher's output embedding, and how many logits may exist at a time.
 
     Attributes:
-        weight: One row per known id; bfloat16 only where a product of bfloat16 gives float32.
+        weight: One row per known id, float32.
         chunk_rows: Places whose logits are held together; any number gives the same results.
     """
 
@@ -39,7 +39,7 @@ class Head:
         """
         out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         for rows, logits in self._chunks(hidden):
-            out[rows] = _chosen(logits, tokens[rows]) - logits.logsumexp(dim=1)
+            out[rows], _ = self._read(logits, tokens[rows])
         return out
 
     def top(
@@ -64,10 +64,7 @@ class Head:
         ids = torch.empty((count, k), dtype=torch.int64, device=hidden.device)
         top = hidden.new_empty((count, k), dtype=torch.float32)
         for rows, logits in self._chunks(hidden):
-            norm = logits.logsumexp(dim=1)
-            out[rows] = _chosen(logits, tokens[rows]) - norm
-            ids[rows] = likeliest(logits, k)
-            top[rows] = logits.gather(1, ids[rows]) - norm[:, None]
+            out[rows], ids[rows], top[rows] = self._read_top(logits, tokens[rows], k)
         return out, ids, top
 
     def drawn(
@@ -101,10 +98,9 @@ class Head:
         ids = torch.empty(uniforms.shape, dtype=torch.int64, device=hidden.device)
         logprobs = hidden.new_empty(uniforms.shape, dtype=torch.float32)
         for rows, logits in self._chunks(hidden):
-            norm = logits.logsumexp(dim=1, keepdim=True)
-            out[rows] = _chosen(logits, tokens[rows]) - norm[:, 0]
-            ids[rows] = _invert((logits - norm).mul_(power), uniforms[rows])
-            logprobs[rows] = logits.gather(1, ids[rows]) - norm
+            out[rows], norm = self._read(logits, tokens[rows])
+            ids[rows] = _invert((logits - norm[:, None]).mul_(power), uniforms[rows])
+            logprobs[rows] = logits.gather(1, ids[rows]) - norm[:, None]
         return out, ids, logprobs
 
     def _chunks(
@@ -112,7 +108,25 @@ class Head:
     ) -> Iterator[tuple[slice, Float32[Tensor, "chunk vocab"]]]:
         for begin in range(0, hidden.shape[0], self.chunk_rows):
             rows = slice(begin, min(begin + self.chunk_rows, hidden.shape[0]))
-            yield rows, hidden[rows].float() @ self.weight.T
+            yield rows, self._logits(hidden[rows])
+
+    def _logits(self, hidden: Float[Tensor, "rows dim"]) -> Float32[Tensor, "rows vocab"]:
+        return hidden.float() @ self.weight.T
+
+    def _read(
+        self, logits: Float32[Tensor, "rows vocab"], tokens: Int64[Tensor, " rows"]
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the tokens, and log-sum-exps."""
+        norm = logits.logsumexp(dim=1)
+        return logits.gather(1, tokens[:, None]).squeeze(1) - norm, norm
+
+    def _read_top(
+        self, logits: Float32[Tensor, "rows vocab"], tokens: Int64[Tensor, " rows"], k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of the tokens, the likeliest, and theirs."""
+        logprobs, norm = self._read(logits, tokens)
+        ids = likeliest(logits, k)
+        return logprobs, ids, logits.gather(1, ids) - norm[:, None]
 
 
 def likeliest(logits: Float32[Tensor, "rows vocab"], k: int) -> Int64[Tensor, "rows top"]:
@@ -128,10 +142,7 @@ def likeliest(logits: Float32[Tensor, "rows vocab"], k: int) -> Int64[Tensor, "r
         own.
     """
     vocab = logits.shape[1]
-    if not 1 <= k <= vocab:
-        raise TeacherError(
-            f"asked for the {k} likeliest of {vocab:,} tokens", hint=f"give 1..{vocab}"
-        )
+    require_k(k, vocab)
     blocks = -(-vocab // BLOCK)
     if blocks <= k:
         return _first(logits, torch.arange(vocab, device=logits.device).expand_as(logits), k)
@@ -146,6 +157,18 @@ def likeliest(logits: Float32[Tensor, "rows vocab"], k: int) -> Int64[Tensor, "r
     return _first(found.masked_fill_(columns >= vocab, -torch.inf), columns, k)
 
 
+def require_k(k: int, vocab: int) -> None:
+    """Refuse to name no token, or more than there are.
+
+    Raises:
+        TeacherError: Naming both numbers.
+    """
+    if not 1 <= k <= vocab:
+        raise TeacherError(
+            f"asked for the {k} likeliest of {vocab:,} tokens", hint=f"give 1..{vocab}"
+        )
+
+
 def _first(
     values: Float32[Tensor, "rows n"], columns: Int64[Tensor, "rows n"], k: int
 ) -> Int64[Tensor, "rows top"]:
@@ -154,12 +177,6 @@ def _first(
     order = torch.where(bits < 0, bits ^ _ORDERED, bits).long()
     keys = (order << 32) | (2**32 - 1 - columns)
     return 2**32 - 1 - (keys.topk(k, dim=1).values & (2**32 - 1))
-
-
-def _chosen(
-    logits: Float32[Tensor, "rows vocab"], tokens: Int64[Tensor, " rows"]
-) -> Float32[Tensor, " rows"]:
-    return logits.gather(1, tokens[:, None]).squeeze(1)
 
 
 def _invert(

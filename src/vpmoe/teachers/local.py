@@ -1,13 +1,14 @@
 """A transformers model in this process as the teacher."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
-from pydantic import Field
+from jaxtyping import Float
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from vpmoe.config import Config
@@ -21,6 +22,7 @@ from vpmoe.teachers.base import (
     TeacherIdentity,
     TopScores,
 )
+from vpmoe.teachers.batching import Arriving, equal_lengths, pad_right, similar_lengths
 from vpmoe.teachers.checkpoint import (
     load_model,
     locate,
@@ -32,6 +34,7 @@ from vpmoe.teachers.checkpoint import (
 )
 from vpmoe.teachers.distribution import Head
 from vpmoe.teachers.draws import uniforms, weighted
+from vpmoe.teachers.fused import FusedHead, PackedNetwork, fill_rows
 from vpmoe.vocabulary import STOP_TOKENS, VocabSubset
 
 if TYPE_CHECKING:
@@ -69,6 +72,9 @@ class LocalTeacherConfig(Config):
     """transformers' attention implementation; GPT-OSS has no sdpa."""
     experts: Literal["", "eager", "grouped_mm"] = ""
     """transformers' implementation of the experts; empty leaves the model's own default."""
+    kernels: Literal["reference", "fused"] = "reference"
+    """"fused" packs sequences without padding and compiles the layers; it needs a GPU, decides
+    about the attention itself, and refuses models that it does not know."""
     seed: int = 0
     """Of the weights, when `path` is a config alone."""
 
@@ -80,7 +86,8 @@ class LocalTeacherConfig(Config):
         """The teacher, loaded and checked.
 
         Raises:
-            TeacherError: If it is absent, incomplete, has another vocabulary or an unusual head.
+            TeacherError: If it is absent, incomplete, has another vocabulary or an unusual head,
+                or cannot run the kernels that are asked for.
         """
         source, commit = locate(self.path, self.revision)
         subset = read_vocab(source)
@@ -102,7 +109,21 @@ class LocalTeacherConfig(Config):
             quantization=quantization,
             vocab_sha256=require_vocab(model, subset, source),
         )
-        return LocalTeacher(model, identity=identity, subset=subset, batch_tokens=self.batch_tokens)
+        return LocalTeacher(
+            model,
+            identity=identity,
+            subset=subset,
+            batch_tokens=self.batch_tokens,
+            fused=self.kernels == "fused",
+        )
+
+    @model_validator(mode="after")
+    def _require_a_gpu_for_kernels(self) -> "LocalTeacherConfig":
+        if self.kernels == "fused" and self.device == "cpu":
+            raise ValueError("kernels = 'fused' needs device = 'cuda'")
+        if self.kernels == "fused" and self.attention != "eager":
+            raise ValueError("kernels = 'fused' brings its own attention: leave attention out")
+        return self
 
 
 class LocalTeacher:
@@ -113,6 +134,7 @@ class LocalTeacher:
         identity: Who it is.
         subset: The part of o200k it knows; None for all of it.
         batch_tokens: Tokens of one forward, padding included.
+        fused: Whether to pack sequences without padding and to compile the layers.
     """
 
     provides: ClassVar[frozenset[str]] = LocalTeacherConfig.provides
@@ -124,6 +146,7 @@ class LocalTeacher:
         identity: TeacherIdentity,
         subset: VocabSubset | None = None,
         batch_tokens: int = 16_384,
+        fused: bool = False,
     ) -> None:
         require_plain_head(model, subset)
         self.identity = identity
@@ -134,7 +157,8 @@ class LocalTeacher:
         # Logits near 20 are 1/8 apart in bfloat16: the head multiplies in float32.
         weight = output_head(model).weight.detach()
         chunk_rows = max(1, _LOGITS_AT_ONCE[model.device.type] // weight.shape[0])
-        self._head = Head(weight.float(), chunk_rows)
+        self._packed = PackedNetwork(model, batch_tokens=batch_tokens) if fused else None
+        self._head = FusedHead(weight, chunk_rows) if fused else Head(weight.float(), chunk_rows)
         self._max_len = int(getattr(model.config, "max_position_embeddings", 2**31))
 
     @torch.inference_mode()
@@ -154,7 +178,7 @@ class LocalTeacher:
             DataError: If a sequence is empty or uses tokens that the teacher does not know.
             TeacherError: If a sequence is longer than the teacher's positions reach.
         """
-        scored = self._over_batches(sequences, lambda h, y, _: (self._head.logprobs(h, y),))
+        scored = self._oversimilar_lengths(sequences, lambda h, y, _: (self._head.logprobs(h, y),))
         return [logprobs.numpy() for (logprobs,) in scored]
 
     @torch.inference_mode()
@@ -168,7 +192,7 @@ class LocalTeacher:
         Raises:
             TeacherError: If the teacher does not know K tokens; see also `score`.
         """
-        found = self._over_batches(sequences, lambda h, y, _: self._head.top(h, y, k))
+        found = self._oversimilar_lengths(sequences, lambda h, y, _: self._head.top(h, y, k))
         return [
             TopScores(logprobs.numpy(), self._ids_of(ids.numpy()).astype(np.int32), top.numpy())
             for logprobs, ids, top in found
@@ -205,7 +229,7 @@ class LocalTeacher:
                 logprobs.numpy(),
                 *weighted(self._ids_of(ids.numpy()), drawn.numpy(), power=power),
             )
-            for logprobs, ids, drawn in self._over_batches(sequences, draw)
+            for logprobs, ids, drawn in self._oversimilar_lengths(sequences, draw)
         ]
 
     @property
@@ -222,7 +246,7 @@ class LocalTeacher:
             TeacherError: As `score`.
         """
         device = self._model.device
-        return [h for (h,) in self._over_batches(sequences, lambda h, *_: (h,), to=device)]
+        return [h for (h,) in self._oversimilar_lengths(sequences, lambda h, *_: (h,), to=device)]
 
     @torch.inference_mode()
     def complete(self, prompts: Sequence[np.ndarray], *, max_new_tokens: int) -> list[np.ndarray]:
@@ -248,11 +272,12 @@ class LocalTeacher:
         )
         rows = [self._rows_of(prompt) for prompt in prompts]
         out = [np.empty(0, dtype=np.int64)] * len(rows)
-        for members in _equal_lengths([len(row) for row in rows], self._batch_tokens):
+        for members in equal_lengths([len(row) for row in rows], self._batch_tokens):
             tokens = torch.from_numpy(np.stack([rows[i] for i in members])).to(self._model.device)
-            generated = self._network.generate(
-                tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
-            )
+            with nullcontext() if self._packed is None else self._packed.plain():
+                generated = self._network.generate(
+                    tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
+                )
             for index, completion in zip(members, generated[:, tokens.shape[1] :], strict=True):
                 out[index] = self._ids_of(_up_to_stop(completion.cpu().numpy(), stops))
         return out
@@ -280,32 +305,37 @@ class LocalTeacher:
     def _ids_of(self, rows: np.ndarray) -> np.ndarray:
         return rows if self.subset is None else self.subset.ids[rows]
 
-    def _over_batches(
+    def _oversimilar_lengths(
         self, sequences: Sequence[np.ndarray], read: _Read, *, to: torch.device | str = "cpu"
     ) -> list[tuple[Tensor, ...]]:
         """What `read` says of the places of every sequence, in the order of the sequences."""
         rows = [self._rows_of(sequence) for sequence in sequences]
         out: list[tuple[Tensor, ...]] = [()] * len(rows)
         lengths = [len(row) for row in rows]
-        for members in _batches(lengths, self._batch_tokens):
+        batches = similar_lengths if self._packed is None else fill_rows
+        earlier: Arriving | None = None  # fetched while the GPU is at work on the next batch
+        for members in batches(lengths, self._batch_tokens):
             try:
                 hidden, labels = self._states([rows[i] for i in members])
-                found = [tensor.to(to) for tensor in read(hidden, labels, members)]
+                found = Arriving(read(hidden, labels, members), to, members)
             except torch.OutOfMemoryError as error:
                 raise TeacherError(
                     f"the teacher ran out of GPU memory with {len(members)} sequences of up to "
-                    f"{lengths[members[0]]} tokens in a forward",
+                    f"{max(lengths[i] for i in members)} tokens in a forward",
                     hint=f"lower teacher.batch_tokens (now {self._batch_tokens})",
                 ) from error
-            places = [lengths[i] - 1 for i in members]
-            parts = zip(*(tensor.split(places) for tensor in found), strict=True)
-            for index, part in zip(members, parts, strict=True):
-                out[index] = part
+            if earlier is not None:
+                earlier.give(out, lengths)
+            earlier = found
+        if earlier is not None:
+            earlier.give(out, lengths)
         return out
 
     def _states(self, rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Final states of all places that a token follows, and those tokens."""
-        tokens, real = _pad_right(rows)
+        if self._packed is not None:
+            return self._packed.states(rows)
+        tokens, real = pad_right(rows)
         tokens, real = tokens.to(self._model.device), real.to(self._model.device)
         hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         asked = real[:, 1:]  # (B, T-1): the token after each position exists
@@ -316,37 +346,6 @@ def _local_name(source: Path) -> str:
     """The folder's name; a bare config is named with the folder it lies in."""
     resolved = source.resolve()
     return resolved.name if source.is_dir() else f"{resolved.parent.name}/{resolved.name}"
-
-
-def _pad_right(rows: list[np.ndarray]) -> tuple[Int64[Tensor, "batch seq"], Tensor]:
-    width = max(len(row) for row in rows)
-    tokens = torch.zeros((len(rows), width), dtype=torch.int64)
-    real = torch.zeros((len(rows), width), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = torch.from_numpy(row)
-        real[index, : len(row)] = True
-    return tokens, real
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in groups of similar length whose padded size stays within `batch_tokens`."""
-    members: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if members and lengths[members[0]] * (len(members) + 1) > batch_tokens:
-            yield members
-            members = []
-        members.append(index)
-    if members:
-        yield members
-
-
-def _equal_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    groups: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        groups.setdefault(length, []).append(index)
-    for length, members in sorted(groups.items()):
-        size = max(1, batch_tokens // length)
-        yield from (members[begin : begin + size] for begin in range(0, len(members), size))
 
 
 def _up_to_stop(rows: np.ndarray, stops: Sequence[int]) -> np.ndarray:
