@@ -36,6 +36,9 @@ class LossInputs:
         target_tail: Log of the teacher's mass elsewhere; -inf where nothing is left.
         teacher_hidden: Final normed states of the teacher, no grad.
         teacher_head: The teacher's output embedding, rows as in `head_weight`, no grad.
+        target_cap: Log of the largest probability that an id outside `target_ids` may have under
+            the teacher; only for the bound that is logged.
+        row_weights: Factor of each label's loss; absent = 1.
     """
 
     hidden: Float[Tensor, "rows dim"]
@@ -50,6 +53,8 @@ class LossInputs:
     target_tail: Float[Tensor, " rows"] | None = None
     teacher_hidden: Float[Tensor, "rows teacher_dim"] | None = None
     teacher_head: Float[Tensor, "vocab teacher_dim"] | None = None
+    target_cap: Float[Tensor, " rows"] | None = None
+    row_weights: Float[Tensor, " rows"] | None = None
 
     def select(self, rows: Tensor | slice) -> "LossInputs":
         """The chosen rows; grad flows back through `hidden`."""
@@ -77,6 +82,11 @@ class LossInputs:
                     hint="give the batches scores of the teacher, or choose another loss",
                 )
 
+    def coefficients(self, span_scales: Float[Tensor, " span"]) -> Float[Tensor, " rows"]:
+        """What each row's loss counts for: the scale of its span times its own weight."""
+        scales = span_scales.to(self.hidden.device)[self.span_ids.long()]
+        return scales if self.row_weights is None else scales * self.row_weights
+
 
 @dataclass(frozen=True)
 class LossOutput:
@@ -98,6 +108,30 @@ class LossOutput:
     def sums(self) -> dict[str, Tensor]:
         """Everything to add up over micro-batches and ranks, by name: "loss", "tokens", metrics."""
         return {"loss": self.loss_sums, TOKENS: self.token_counts.double(), **self.metrics}
+
+
+def output_of(
+    total: Tensor, values: Tensor, metrics: Mapping[str, Tensor], rows: LossInputs
+) -> LossOutput:
+    """What a loss returns, from one number per row of each kind.
+
+    Args:
+        total: Sum of coefficient x value, with grad.
+        values: Loss of each row before its weight.
+        metrics: Further numbers of each row, by name.
+        rows: The rows.
+
+    References:
+        own; "Sums and counts" in docs/losses.md.
+    """
+    span_ids = rows.span_ids
+    weighted = values if rows.row_weights is None else values * rows.row_weights
+    return LossOutput(
+        total=total,
+        loss_sums=sum_by_span(weighted, span_ids),
+        token_counts=sum_by_span(torch.ones_like(values), span_ids).long(),
+        metrics={name: sum_by_span(value, span_ids) for name, value in metrics.items()},
+    )
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vpmoe.head import CHUNK_ROWS
-from vpmoe.losses.base import LossInputs, LossOutput, sum_by_span
+from vpmoe.losses.base import LossInputs, LossOutput, output_of
 
 STUDENT_LOGPROBS = "student_logprobs"
 
@@ -281,23 +281,16 @@ class LabelLoss(ABC):
         """Sums and counts of one micro-batch, with the scalar to differentiate."""
         inputs.require(self.needs)
         rows = inputs.trained()
-        span_ids = rows.span_ids
-        scales = span_scales.to(rows.hidden.device)
         result = chunked_loss(
             rows.hidden,
             rows.head_weight,
-            scales[span_ids.long()],
+            rows.coefficients(span_scales),
             label_row_function(rows, self.row_losses),
             chunk_rows=self.chunk_rows,
         )
         logprobs = result.extras[STUDENT_LOGPROBS]
         metrics = label_metrics(logprobs, rows) | self.row_metrics(logprobs, rows)
-        return LossOutput(
-            total=result.total,
-            loss_sums=sum_by_span(result.values, span_ids),
-            token_counts=sum_by_span(torch.ones_like(logprobs), span_ids).long(),
-            metrics={name: sum_by_span(value, span_ids) for name, value in metrics.items()},
-        )
+        return output_of(result.total, result.values, metrics, rows)
 
     def after_step(self, sums: Mapping[str, Tensor]) -> None:
         """Nothing to learn: this loss has no state."""

@@ -1,4 +1,4 @@
-"""Stage 2: cross-entropy weighted by a teacher's stored opinion, mixed with plain cross-entropy."""
+"""Stage 2: a loss against a teacher's stored opinion, mixed with plain cross-entropy."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from vpmoe.data.dataset import Dataset
 from vpmoe.data.loader import PackedLoader
 from vpmoe.data.mixture import anchors_before, uses_anchor
 from vpmoe.errors import DataError
-from vpmoe.losses import ConfidenceWeightedConfig, CrossEntropyConfig, Loss
+from vpmoe.losses import ConfidenceWeightedConfig, CrossEntropyConfig, Loss, OfflineLossConfig
 from vpmoe.stages.base import (
     Prepared,
     StageConfig,
@@ -45,7 +45,7 @@ class OfflineConfig(StageConfig):
     """Stage 2: offline distillation from stored teacher scores."""
 
     kind: Literal["offline"] = "offline"
-    loss: ConfidenceWeightedConfig = ConfidenceWeightedConfig()
+    loss: OfflineLossConfig = ConfidenceWeightedConfig()
     """Of batches with scores."""
     plain_loss: CrossEntropyConfig = CrossEntropyConfig()
     """Of batches without."""

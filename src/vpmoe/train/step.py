@@ -12,6 +12,7 @@ from vpmoe.batch import Batch
 from vpmoe.errors import RunError
 from vpmoe.losses.base import Loss, LossInputs, span_scales
 from vpmoe.losses.load_balance import load_balance_loss
+from vpmoe.losses.tails import stored_tail
 from vpmoe.models.student import Student
 from vpmoe.spans import TRAINED_SPANS, Span
 from vpmoe.train.config import SpanWeightsConfig, TrainConfig
@@ -106,6 +107,7 @@ def run_student(student: Student, batch: Batch) -> tuple[LossInputs, Float[Tenso
     is_trained = batch.span_ids != Span.IGNORE
     labels = student.rows_of(torch.where(is_trained, batch.labels, batch.tokens))
     teacher, rollout = batch.teacher_logprobs, batch.rollout_logprobs
+    hidden = batch.teacher_hidden
     inputs = LossInputs(
         hidden=output.hidden.flatten(0, 1),
         head_weight=student.head_weight,
@@ -114,8 +116,38 @@ def run_student(student: Student, batch: Batch) -> tuple[LossInputs, Float[Tenso
         content_mask=batch.content_mask.flatten(),
         teacher_logprobs=None if teacher is None else teacher.flatten(),
         rollout_logprobs=None if rollout is None else rollout.flatten(),
+        teacher_hidden=None if hidden is None else hidden.flatten(0, 1),
+        **_targets(student, batch),
     )
     return inputs, output.load_balance_sum
+
+
+def _targets(student: Student, batch: Batch) -> dict[str, Tensor]:
+    """A batch's stored distributions over the student's rows: what it lacks goes to the tail.
+
+    Nothing is known of where the teacher would have put that mass, so the cap on a tail's ids,
+    else the smallest entry, is 1 where some was moved.
+    """
+    if batch.target_ids is None or batch.target_logprobs is None:
+        return {}
+    ids, logprobs = batch.target_ids.flatten(0, 1), batch.target_logprobs.flatten(0, 1)
+    tail = stored_tail(logprobs, None if batch.target_tail is None else batch.target_tail.flatten())
+    used = logprobs > -torch.inf
+    cap = torch.where(used, logprobs, 0.0).amin(dim=1)
+    if student.row_of is not None:
+        rows = student.row_of[ids]
+        outside = used & (rows < 0)
+        moved = logprobs.masked_fill(~outside, -torch.inf).logsumexp(dim=1)
+        tail = torch.logaddexp(tail, moved)
+        cap = cap.masked_fill(outside.any(dim=1), 0.0)
+        logprobs = logprobs.masked_fill(outside, -torch.inf)
+        ids = rows.masked_fill(rows < 0, 0)
+    return {
+        "target_ids": ids,
+        "target_logprobs": logprobs,
+        "target_tail": tail,
+        "target_cap": cap,
+    }
 
 
 def apply_gradients(

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vpmoe.losses import LossInputs, SampledReverseKLConfig, span_means
-from vpmoe.losses.reverse_kl import effective_sample_share, sampled_reverse_kl
+from vpmoe.losses.sampled_reverse_kl import effective_sample_share, sampled_reverse_kl
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5], dtype=torch.float64)
 TEACHER_LOGITS = torch.tensor([1.5, 1.8, -0.5, -2.0, 0.0], dtype=torch.float64)

@@ -1,0 +1,57 @@
+"""What losses with a row function of their own share: from rows to sums."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from jaxtyping import Float
+from torch import Tensor
+
+from vpmoe.head import CHUNK_ROWS
+from vpmoe.losses.base import LossInputs, LossOutput, output_of
+from vpmoe.losses.chunked import STUDENT_LOGPROBS, RowFunction, chunked_loss, label_metrics
+
+
+class RowLoss(ABC):
+    """A loss with a row function of its own.
+
+    Its extras beyond the label's log-probability are logged under their names.
+
+    Args:
+        chunk_rows: Rows whose logits are held together; any value gives the same result.
+    """
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, *, chunk_rows: int = CHUNK_ROWS) -> None:
+        self.chunk_rows = chunk_rows
+
+    @abstractmethod
+    def row_function(self, rows: LossInputs) -> RowFunction:
+        """What is done with a chunk of the rows' logits."""
+
+    def __call__(self, inputs: LossInputs, span_scales: Float[Tensor, " span"]) -> LossOutput:
+        """Sums and counts of one micro-batch, with the scalar to differentiate."""
+        inputs.require(self.needs)
+        rows = inputs.trained()
+        result = chunked_loss(
+            rows.hidden,
+            rows.head_weight,
+            rows.coefficients(span_scales),
+            self.row_function(rows),
+            chunk_rows=self.chunk_rows,
+        )
+        extras = dict(result.extras)
+        metrics = label_metrics(extras.pop(STUDENT_LOGPROBS), rows) | extras
+        return output_of(result.total, result.values, metrics, rows)
+
+    def after_step(self, sums: Mapping[str, Tensor]) -> None:
+        """Nothing to learn: this loss has no state."""
+        del sums
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+        del state
