@@ -39,6 +39,8 @@ class Batch:
         target_logprobs: Their log-probs (or log-weights of drawn ids), nats; -inf in unused places.
         target_tail: Log of the teacher's mass on all other ids; -inf where nothing is left.
         teacher_hidden: Final normed states of a teacher at the token, for its own head.
+        teacher_states: States of some of a teacher's layers at the token.
+        row_weights: Factor of the label's loss; absent = 1.
         sample_ids: For each row the ids of its documents, in order.
     """
 
@@ -53,6 +55,8 @@ class Batch:
     target_logprobs: Float32[Tensor, "batch seq entries"] | None = None
     target_tail: Float32[Tensor, "batch seq"] | None = None
     teacher_hidden: Float[Tensor, "batch seq teacher_dim"] | None = None
+    teacher_states: Float[Tensor, "batch seq layers teacher_dim"] | None = None
+    row_weights: Float32[Tensor, "batch seq"] | None = None
     sample_ids: tuple[tuple[str, ...], ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":

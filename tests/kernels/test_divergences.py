@@ -45,7 +45,9 @@ def test_rows_equal_float64(kind, changes, rows, vocab, spread):
     wanted = _reference(student.double(), teacher.double(), labels, form, coefficients.double())
     found = _on_gpu(student.clone(), teacher, labels, form, coefficients)
     assert relative_error(found.values, wanted.values) < 2e-5
-    assert relative_error(found.grad_logits, wanted.grad_logits) < BF16
+    # Where one id has all of p, u - E u there is a difference of equals: float32 leaves 1e-6 of it.
+    error = (found.grad_logits.double() - wanted.grad_logits).norm()
+    assert error < BF16 * wanted.grad_logits.norm() + 2e-6 * coefficients.norm()
     for name, value in wanted.extras.items():
         assert relative_error(found.extras[name], value) < 2e-5, name
     plain = _on_gpu(student.clone(), teacher, labels, form, None)

@@ -110,10 +110,11 @@ def _stage_facts(config: Any) -> Facts:
                 f"final {weights.final}",
             )
         )
-    if hasattr(config, "teacher"):
+    if getattr(config, "teacher", None) is not None:
         facts.append(("teacher", _named(config.teacher)))
-    if hasattr(config, "targets"):
-        facts.append(("targets", str(config.targets.path)))
+    for store in config.targets.in_turn if hasattr(config, "targets") else ():
+        until = f", up to {short(store.until_tokens)} tokens" if store.until_tokens else ""
+        facts.append(("targets", f"{store.path}{until}"))
     if config.student is not None:
         facts += _cost_facts(config)
     return facts

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
+from vpmoe.batch import Batch
 from vpmoe.errors import DataError
 from vpmoe.spans import NUM_SPANS, Span
 
@@ -39,6 +40,8 @@ class LossInputs:
         target_cap: Log of the largest probability that an id outside `target_ids` may have under
             the teacher; only for the bound that is logged.
         row_weights: Factor of each label's loss; absent = 1.
+        student_states: Of the layers that the loss asked for, with grad when training.
+        teacher_states: Of the layers they are compared with, no grad.
     """
 
     hidden: Float[Tensor, "rows dim"]
@@ -55,6 +58,8 @@ class LossInputs:
     teacher_head: Float[Tensor, "vocab teacher_dim"] | None = None
     target_cap: Float[Tensor, " rows"] | None = None
     row_weights: Float[Tensor, " rows"] | None = None
+    student_states: Float[Tensor, "rows layers dim"] | None = None
+    teacher_states: Float[Tensor, "rows layers teacher_dim"] | None = None
 
     def select(self, rows: Tensor | slice) -> "LossInputs":
         """The chosen rows; grad flows back through `hidden`."""
@@ -136,13 +141,18 @@ def output_of(
 
 @runtime_checkable
 class Loss(Protocol):
-    """A training objective over the rows of one micro-batch.
+    """A training objective over the rows of one micro-batch; see `StatelessLoss` for the parts.
 
     Losses with state (a running mean) change it in `after_step` only, from sums over the whole
     global batch, so that every rank holds the same state at any partition of the batch.
     """
 
     needs: frozenset[str]
+    layers: tuple[int, ...]
+
+    def prepare(self, batch: Batch) -> Batch:
+        """A micro-batch with what is found out as late as now, such as a live teacher's states."""
+        ...
 
     def __call__(self, inputs: LossInputs, span_scales: Float[Tensor, " span"]) -> LossOutput:
         """Sums and counts of one micro-batch, with the scalar to differentiate."""
@@ -156,9 +166,48 @@ class Loss(Protocol):
         """What a checkpoint keeps."""
         ...
 
+    def own_gradients(self) -> dict[str, Tensor]:
+        """Gradients of the loss's own parameters from this rank's micro-batches; then forgotten.
+
+        Their sums over all ranks come back in `after_step`, under the same names.
+        """
+        ...
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state_dict` gave."""
         ...
+
+
+class StatelessLoss:
+    """What a loss is that reads nothing but the batch and remembers nothing.
+
+    Attributes:
+        needs: Fields of `LossInputs` that must be there.
+        layers: Numbers of the student's layers, from 1, whose states it reads.
+    """
+
+    needs: frozenset[str] = frozenset()
+    layers: tuple[int, ...] = ()
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch as it is."""
+        return batch
+
+    def own_gradients(self) -> dict[str, Tensor]:
+        """None: there are no parameters."""
+        return {}
+
+    def after_step(self, sums: Mapping[str, Tensor]) -> None:
+        """Nothing to learn: this loss has no state."""
+        del sums
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+        del state
 
 
 def sum_by_span(

@@ -6,7 +6,7 @@ nothing is computed twice.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vpmoe.head import CHUNK_ROWS
-from vpmoe.losses.base import LossInputs, LossOutput, output_of
+from vpmoe.losses.base import LossInputs, LossOutput, StatelessLoss, output_of
 
 STUDENT_LOGPROBS = "student_logprobs"
 
@@ -253,14 +253,12 @@ def chunked_loss_reference(
     return (coefficients * loss_function(logprobs.gather(1, labels[:, None]).squeeze(1))).sum()
 
 
-class LabelLoss(ABC):
+class LabelLoss(StatelessLoss, ABC):
     """A loss on the label's log-probability: subclasses write `row_losses`, all else is here.
 
     Args:
         chunk_rows: Rows whose logits are held together; any value gives the same result.
     """
-
-    needs: frozenset[str] = frozenset()
 
     def __init__(self, *, chunk_rows: int = CHUNK_ROWS) -> None:
         self.chunk_rows = chunk_rows
@@ -291,18 +289,6 @@ class LabelLoss(ABC):
         logprobs = result.extras[STUDENT_LOGPROBS]
         metrics = label_metrics(logprobs, rows) | self.row_metrics(logprobs, rows)
         return output_of(result.total, result.values, metrics, rows)
-
-    def after_step(self, sums: Mapping[str, Tensor]) -> None:
-        """Nothing to learn: this loss has no state."""
-        del sums
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state_dict` gave."""
-        del state
 
 
 def label_metrics(

@@ -1,17 +1,16 @@
 """What losses with a row function of their own share: from rows to sums."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 
 from jaxtyping import Float
 from torch import Tensor
 
 from vpmoe.head import CHUNK_ROWS
-from vpmoe.losses.base import LossInputs, LossOutput, output_of
+from vpmoe.losses.base import LossInputs, LossOutput, StatelessLoss, output_of
 from vpmoe.losses.chunked import STUDENT_LOGPROBS, RowFunction, chunked_loss, label_metrics
 
 
-class RowLoss(ABC):
+class RowLoss(StatelessLoss, ABC):
     """A loss with a row function of its own.
 
     Its extras beyond the label's log-probability are logged under their names.
@@ -19,8 +18,6 @@ class RowLoss(ABC):
     Args:
         chunk_rows: Rows whose logits are held together; any value gives the same result.
     """
-
-    needs: frozenset[str] = frozenset()
 
     def __init__(self, *, chunk_rows: int = CHUNK_ROWS) -> None:
         self.chunk_rows = chunk_rows
@@ -43,15 +40,3 @@ class RowLoss(ABC):
         extras = dict(result.extras)
         metrics = label_metrics(extras.pop(STUDENT_LOGPROBS), rows) | extras
         return output_of(result.total, result.values, metrics, rows)
-
-    def after_step(self, sums: Mapping[str, Tensor]) -> None:
-        """Nothing to learn: this loss has no state."""
-        del sums
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state_dict` gave."""
-        del state

@@ -1,5 +1,6 @@
 """The student: embedding, layers of attention and feed-forward networks, norm, head."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,13 @@ class StudentOutput:
         load_balance_sum: Sum over mixture layers and documents of sum_i f_i P_i, with grad and
             without coefficient; 0 without experts and when decoding with a cache.
         num_documents: Documents it sums over.
+        states: The stream after each layer that was asked for, in that order, not normed.
     """
 
     hidden: Float[Tensor, "batch seq dim"]
     load_balance_sum: Float[Tensor, ""]
     num_documents: int
+    states: tuple[Float[Tensor, "batch seq dim"], ...] = ()
 
 
 LayerResult = tuple[Tensor, Tensor, MoeStatistics | None]
@@ -219,6 +222,7 @@ class Student(nn.Module):
         positions: Int[Tensor, "batch seq"],
         document_ids: Int[Tensor, "batch seq"],
         cache: KeyValueCache | None = None,
+        keep_layers: Sequence[int] = (),
     ) -> StudentOutput:
         """Final states of every token.
 
@@ -228,6 +232,7 @@ class Student(nn.Module):
             document_ids: Document of each token in its row; negative for padding.
             cache: Where keys and values are kept for the next call; its first call takes prompts
                 padded at the end, later ones a single token each. Statistics are left out.
+            keep_layers: Numbers of layers, from 1, whose states come back as well.
         """
         if cache is not None:
             cache.begin(document_ids)
@@ -235,7 +240,7 @@ class Student(nn.Module):
         segments = segments_of(document_ids) if cache is None and self.config.moe else None
         hidden = F.embedding(self.rows_of(tokens), self.embedding.weight)  # (B, T, D)
         balance = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        first_values, tallies = None, []
+        first_values, tallies, states = None, [], {}
         for number, layer in enumerate(self.layers, start=1):
             view = views["global" if self.config.is_global(number) else "local"]
             layer_cache = None if cache is None else cache.layers[number - 1]
@@ -246,12 +251,17 @@ class Student(nn.Module):
                 hidden, values, statistics = layer(*arguments)
             if first_values is None and self.config.value_residual:
                 first_values = values
+            if number in keep_layers:
+                states[number] = hidden
             if statistics is not None:
                 balance = balance + statistics.load_balance_sum
                 tallies.append(statistics.tokens_per_expert)
         self._tally(tallies)
         return StudentOutput(
-            self.final_norm(hidden), balance, 0 if segments is None else segments.num_documents
+            self.final_norm(hidden),
+            balance,
+            0 if segments is None else segments.num_documents,
+            tuple(states[number] for number in keep_layers),
         )
 
     def _tally(self, tallies: list[Tensor]) -> None:

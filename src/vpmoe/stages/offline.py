@@ -1,10 +1,12 @@
-"""Stage 2: a loss against a teacher's stored opinion, mixed with plain cross-entropy."""
+"""Stage 2: a loss against a teacher's opinion, stored or live, mixed with plain cross-entropy."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vpmoe.batch import Batch
 from vpmoe.config import Config
@@ -13,6 +15,7 @@ from vpmoe.data.loader import PackedLoader
 from vpmoe.data.mixture import anchors_before, uses_anchor
 from vpmoe.errors import DataError
 from vpmoe.losses import ConfidenceWeightedConfig, CrossEntropyConfig, Loss, OfflineLossConfig
+from vpmoe.models.student import Student
 from vpmoe.stages.base import (
     Prepared,
     StageConfig,
@@ -21,8 +24,10 @@ from vpmoe.stages.base import (
     rank_batches,
     valid_hooks,
 )
+from vpmoe.stages.live import TaughtLoss
 from vpmoe.stages.score import open_targets
-from vpmoe.teachers.base import TARGETS
+from vpmoe.teachers.base import TARGETS, TEACHER_HIDDEN
+from vpmoe.teachers.local import LocalTeacherConfig
 from vpmoe.teachers.store import TargetStore
 from vpmoe.train.device import World, world
 from vpmoe.train.hooks import Observer
@@ -32,94 +37,196 @@ from vpmoe.train.plan import Plan
 # Config
 
 
-class TargetsConfig(Config):
-    """A teacher's stored scores."""
+class StoreConfig(Config):
+    """One of several teachers that follow one another."""
 
     path: str
     """Folder that `vpmoe score` wrote, for the same dataset."""
+    until_tokens: int = Field(default=0, ge=0)
+    """Tokens of this stage after which the next store takes over; 0 = the last one, to the end."""
+
+
+class TargetsConfig(Config):
+    """A teacher's stored scores, or those of several teachers in turn."""
+
+    path: str = ""
+    """Folder that `vpmoe score` wrote, for the same dataset."""
+    stores: tuple[StoreConfig, ...] = ()
+    """In place of path: stores in the order of their use, a small teacher's first, say."""
     share: float = Field(default=0.7, gt=0, le=1)
-    """Share of batches drawn from the scored samples; the others are plain cross-entropy on all."""
+    """Share of batches that the teacher speaks of; the others are plain cross-entropy on all."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.path and self.stores:
+            raise ValueError("path and stores both say where the scores are; give one of them")
+        limits = [store.until_tokens for store in self.stores]
+        if limits and (limits[-1] or limits[:-1] != sorted(set(limits[:-1]) - {0})):
+            raise ValueError(
+                f"stores end after {limits} tokens; each but the last needs an until_tokens above "
+                "the one before it, and the last none"
+            )
+        return self
+
+    @property
+    def in_turn(self) -> tuple[StoreConfig, ...]:
+        """All stores, the first one first."""
+        return (StoreConfig(path=self.path),) if self.path else self.stores
 
 
 class OfflineConfig(StageConfig):
-    """Stage 2: offline distillation from stored teacher scores."""
+    """Stage 2: distillation on given text, from stored scores or a teacher beside the student."""
 
     kind: Literal["offline"] = "offline"
     loss: OfflineLossConfig = ConfidenceWeightedConfig()
-    """Of batches with scores."""
+    """Of batches that the teacher speaks of."""
     plain_loss: CrossEntropyConfig = CrossEntropyConfig()
-    """Of batches without."""
-    targets: TargetsConfig
+    """Of the other batches."""
+    targets: TargetsConfig = TargetsConfig()
+    teacher: LocalTeacherConfig | None = None
+    """Read beside the student, by a loss against its states; other losses read targets."""
+
+    @model_validator(mode="after")
+    def _has_what_the_loss_needs(self) -> Self:
+        live = TEACHER_HIDDEN in self.loss.needs
+        if live and self.teacher is None:
+            raise ValueError(
+                f"loss {self.loss.kind} needs the states of a teacher beside the student; add a "
+                "[teacher] table, or set loss.against = targets"
+            )
+        if live and self.targets.in_turn:
+            raise ValueError(
+                f"loss {self.loss.kind} is against a live teacher's states and reads no store; "
+                "leave targets.path out, or set loss.against = targets"
+            )
+        if not live and self.teacher is not None:
+            raise ValueError(
+                f"loss {self.loss.kind} reads stored targets and would never ask [teacher]; "
+                "leave the table out, or set loss.against = hidden"
+            )
+        if not live and not self.targets.in_turn:
+            raise ValueError(
+                f"loss {self.loss.kind} reads a teacher's stored scores; give targets.path"
+            )
+        return self
 
 
 # Build
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Batches that one teacher speaks of.
+
+    Attributes:
+        loader: Of their rows.
+        loss: What is learned from them; its state belongs to this teacher.
+        first_step: The stage's step from which on this stream has the teacher's turns.
+    """
+
+    loader: PackedLoader
+    loss: Loss
+    first_step: int
+
+
 class Offline(Plan):
-    """Two streams of packed batches, scored and plain, that take turns by the step's number.
+    """Streams of packed batches, taught and plain, that take turns by the step's number.
 
     Args:
         config: The stage's settings.
+        student: Who learns.
         inputs: Where the student comes from, for manifests.
         ranks: The ranks that train together.
     """
 
-    def __init__(self, config: OfflineConfig, inputs: dict[str, Any], ranks: World) -> None:
-        dataset = Dataset(config.data, "train")
-        store = open_targets(Path(config.targets.path), dataset)
-        self.inputs = {**inputs, "data": dataset.identity, "targets": store.header}
-        seq_len, seed = config.batch.seq_len, config.seed
-        self._plain = PackedLoader(dataset, seq_len=seq_len, seed=seed)
-        self._scored = PackedLoader(
-            dataset,
-            seq_len=seq_len,
-            seed=seed,
-            scores=store,
-            targets=_distributions(store, config.loss.needs),
-            only=frozenset(store),
-        )
-        self._plain_loss = config.plain_loss.build()
-        self._scored_loss = config.loss.build()
-        self._share = config.targets.share
+    def __init__(
+        self, config: OfflineConfig, student: Student, inputs: dict[str, Any], ranks: World
+    ) -> None:
+        self._dataset = Dataset(config.data, "train")
+        self._config = config
         self._batch = config.batch
+        self._share = config.targets.share
         self._ranks = ranks
-        slots = config.batch.global_batch_size * config.batch.seq_len
-        fill = self._share * self._scored.fill_rate + (1 - self._share) * self._plain.fill_rate
-        self.num_steps = config.budget.num_steps(slots * fill)
+        self._plain = self._loader()
+        self._plain_loss = config.plain_loss.build()
+        self._streams, taught_by = self._live(student) if config.teacher else self._stored()
+        self.inputs = {**inputs, "data": self._dataset.identity, **taught_by}
+        fills = [stream.loader.fill_rate for stream in self._streams]
+        self.num_steps = config.budget.num_steps(self._tokens_a_step(sum(fills) / len(fills)))
+
+    def _live(self, student: Student) -> tuple[list[Stream], dict[str, Any]]:
+        assert self._config.teacher is not None
+        teacher = self._config.teacher.build()
+        loss = TaughtLoss(self._config.loss.build(), teacher, student)
+        return [Stream(self._loader(), loss, 0)], {"teacher": teacher.identity.as_dict()}
+
+    def _stored(self) -> tuple[list[Stream], dict[str, Any]]:
+        streams, headers, first_step, before = [], [], 0, 0
+        for given in self._config.targets.in_turn:
+            store = open_targets(Path(given.path), self._dataset)
+            loss = self._config.loss.build()
+            targets = _distributions(store, loss)
+            loader = self._loader(scores=store, targets=targets, only=frozenset(store))
+            streams.append(Stream(loader, loss, first_step))
+            headers.append(store.header)
+            a_step = self._tokens_a_step(loader.fill_rate)
+            first_step += math.ceil((given.until_tokens - before) / a_step)
+            before = given.until_tokens
+        return streams, {"targets": headers[0] if len(headers) == 1 else headers}
+
+    def _loader(self, **scored: Any) -> PackedLoader:
+        config = self._config
+        return PackedLoader(self._dataset, seq_len=config.batch.seq_len, seed=config.seed, **scored)
+
+    def _tokens_a_step(self, fill: float) -> float:
+        """Tokens of documents in a step, on average over both kinds of batches."""
+        slots = self._batch.global_batch_size * self._batch.seq_len
+        return slots * (self._share * fill + (1 - self._share) * self._plain.fill_rate)
 
     # Step
 
     def micro_batches(self, step: int) -> tuple[Sequence[Batch], Loss]:
         """The rank's rows of global batch number `step`, from the stream whose turn it is."""
-        scored_before = anchors_before(step, self._share)
+        taught_before = anchors_before(step, self._share)
         if uses_anchor(step, self._share):
-            loader, turn, loss = self._scored, scored_before, self._scored_loss
+            stream = [stream for stream in self._streams if stream.first_step <= step][-1]
+            loader, loss = stream.loader, stream.loss
+            turn = taught_before - anchors_before(stream.first_step, self._share)
         else:
-            loader, turn, loss = self._plain, step - scored_before, self._plain_loss
+            loader, turn, loss = self._plain, step - taught_before, self._plain_loss
         start = turn * self._batch.global_batch_size
         return rank_batches(loader, start, self._batch, self._ranks), loss
 
     def state(self) -> dict[str, Any]:
-        """The running means that center the weights."""
-        return {"loss": self._scored_loss.state_dict()}
+        """What the losses remember, such as running means that center weights, by stream."""
+        return {"losses": [stream.loss.state_dict() for stream in self._streams]}
 
     def load_state(self, state: Any) -> None:
         """Put back what `state` gave."""
-        self._scored_loss.load_state_dict(state["loss"])
+        for stream, kept in zip(self._streams, state["losses"], strict=True):
+            stream.loss.load_state_dict(kept)
 
 
-def _distributions(store: TargetStore, needs: frozenset[str]) -> TargetStore | None:
+def _distributions(store: TargetStore, loss: Loss) -> TargetStore | None:
     """The store, where the loss reads distributions from it.
 
     Raises:
-        DataError: If the store has none.
+        DataError: If the store has none, or has likeliest ids where drawn ones are needed, or the
+            other way round.
     """
-    if TARGETS not in needs:
+    if TARGETS not in loss.needs:
         return None
     if not store.max_entries:
         raise DataError(
             f"the loss needs distributions, and target store {store.path} holds log-probs alone",
             hint="score again with codec.kind = set_coded, or choose another loss",
+        )
+    drawn = store.codec.needs == "draws"
+    if drawn != getattr(loss, "drawn", False):
+        held, needed = ("drawn", "the likeliest") if drawn else ("the likeliest", "drawn")
+        raise DataError(
+            f"the loss needs {needed} ids, and target store {store.path} holds {held} ones",
+            hint="loss.kind = random_sampling reads drawn ids, all other losses the likeliest",
         )
     return store
 
@@ -127,7 +234,7 @@ def _distributions(store: TargetStore, needs: frozenset[str]) -> TargetStore | N
 def prepare(config: OfflineConfig, ranks: World) -> Prepared:
     """The student and the plan, before the first step."""
     student, inputs = open_student(config, ranks.device)
-    return Prepared(student, Offline(config, inputs, ranks))
+    return Prepared(student, Offline(config, student, inputs, ranks))
 
 
 # Run

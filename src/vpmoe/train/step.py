@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,14 @@ from vpmoe.train.plan import Plan
 from vpmoe.train.reduce import add_sums, all_sums, global_counts
 
 LOAD_BALANCE = "load_balance"
+OWN = "own/"
+PER_LABEL = (  # fields of a batch that a loss reads as they are
+    "teacher_logprobs",
+    "rollout_logprobs",
+    "teacher_hidden",
+    "teacher_states",
+    "row_weights",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class StepSums:
         scales: What one token of each span counted for, w_c / N_c.
         num_tokens: Tokens of documents, padding left out.
         num_slots: Tokens with padding.
+        own_gradients: Of the loss's parameters.
     """
 
     losses: dict[str, Float[Tensor, " span"]]
@@ -41,6 +50,7 @@ class StepSums:
     scales: Float[Tensor, " span"]
     num_tokens: int
     num_slots: int
+    own_gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float | int]:
         """Means per span and counts, named for the log."""
@@ -61,7 +71,7 @@ def take_step(
         summed = sum_gradients(replica, batches, loss, config)
     with watch("optimizer"):
         applied = apply_gradients(replica, config, step=step, num_steps=plan.num_steps)
-        loss.after_step(summed.losses)
+        loss.after_step(summed.losses | summed.own_gradients)
     return summed, applied
 
 
@@ -84,9 +94,9 @@ def sum_gradients(
     replica.zero_gradients()
     parts = []
     for index, batch in enumerate(batches):
-        batch = batch.to(device)
+        batch = loss.prepare(batch.to(device))
         with replica.last_backward(index == len(batches) - 1):
-            inputs, load_balance_sum = run_student(replica.student, batch)
+            inputs, load_balance_sum = run_student(replica.student, batch, layers=loss.layers)
             output = loss(inputs, scales)
             balance = load_balance_loss(
                 load_balance_sum, coefficient=coefficient, num_documents=num_documents
@@ -94,29 +104,39 @@ def sum_gradients(
             (output.total + balance).backward()
         parts.append(output.sums | {LOAD_BALANCE: balance.detach().double()})
     replica.finish_gradients()
-    sums = all_sums(add_sums(parts))
+    own = {f"{OWN}{name}": value for name, value in loss.own_gradients().items()}
+    sums = all_sums(add_sums(parts) | own)
+    own = {name.removeprefix(OWN): sums.pop(name) for name in own}
     balance = float(sums.pop(LOAD_BALANCE))
     _refuse_non_finite({"loss": float(sums["loss"].sum()), "load-balance loss": balance})
-    return StepSums(sums, balance, scales, int(counts["tokens"]), int(counts["slots"]))
+    return StepSums(sums, balance, scales, int(counts["tokens"]), int(counts["slots"]), own)
 
 
-def run_student(student: Student, batch: Batch) -> tuple[LossInputs, Float[Tensor, ""]]:
+def run_student(
+    student: Student, batch: Batch, *, layers: tuple[int, ...] = ()
+) -> tuple[LossInputs, Float[Tensor, ""]]:
     """A forward pass as a loss reads it, one row per label, and the routers' auxiliary sum."""
-    output = student(batch.tokens, positions=batch.positions, document_ids=batch.document_ids)
+    output = student(
+        batch.tokens,
+        positions=batch.positions,
+        document_ids=batch.document_ids,
+        keep_layers=layers,
+    )
     # Ignored labels may lie outside a vocabulary subset; any id that is inside will do for them.
     is_trained = batch.span_ids != Span.IGNORE
     labels = student.rows_of(torch.where(is_trained, batch.labels, batch.tokens))
-    teacher, rollout = batch.teacher_logprobs, batch.rollout_logprobs
-    hidden = batch.teacher_hidden
     inputs = LossInputs(
         hidden=output.hidden.flatten(0, 1),
         head_weight=student.head_weight,
         labels=labels.flatten(),
         span_ids=batch.span_ids.flatten(),
         content_mask=batch.content_mask.flatten(),
-        teacher_logprobs=None if teacher is None else teacher.flatten(),
-        rollout_logprobs=None if rollout is None else rollout.flatten(),
-        teacher_hidden=None if hidden is None else hidden.flatten(0, 1),
+        student_states=torch.stack(output.states, dim=2).flatten(0, 1) if layers else None,
+        **{
+            name: None if value is None else value.flatten(0, 1)
+            for name in PER_LABEL
+            for value in (getattr(batch, name),)
+        },
         **_targets(student, batch),
     )
     return inputs, output.load_balance_sum
