@@ -34,7 +34,7 @@ the run with the reason: another implementation is never taken instead.
 | --- | --- |
 | routed experts | slots sorted by expert, a fixed table of tiles, both products in one kernel |
 | router | logits from two bf16 terms of the weight, summed in fp32; one kernel chooses and counts |
-| attention | FlexAttention over a table of blocks; sink through the log-sum-exp |
+| attention | one range of keys per query, no table of blocks; the sink starts the softmax |
 | dense part of a layer | one `torch.compile` per kind of layer and shape |
 | head + loss | chunks of bf16 logits overwritten by their gradient; head summed in fp32 |
 | optimizer | one pass over a parameter before and one after the orthogonalization |

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.utils
-import torch.nn.attention.flex_attention
 
 from tests.kernels.common import relative_error
+from vpmoe.kernels.attention import attend_backward_op, attend_op
 from vpmoe.models import student as students
 from vpmoe.models.fused import attend_fused, scope_fused
 from vpmoe.models.kernels import REFERENCE
@@ -52,9 +52,48 @@ def test_dense_parts_compile_once_per_kind_of_layer():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def plain_weights(queries, keys, first, sinks, slopes):
+    """Keys of every query head, attention weights, log-sum-exp."""
+    groups = queries.shape[2] // keys.shape[2]
+    keys = keys.repeat_interleave(groups, dim=2).transpose(1, 2)
+    scores = queries.transpose(1, 2) @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5
+    place = torch.arange(queries.shape[1])
+    if slopes is not None:
+        scores = scores - slopes[:, None, None] * (place[:, None] - place)
+    seen = (place >= first[:, None, :, None]) & (place <= place[:, None])
+    scores = scores.masked_fill(~seen, -torch.inf)
+    lse = torch.logaddexp(scores.logsumexp(dim=-1), sinks[:, None])
+    return keys, (scores - lse[..., None]).exp(), lse
+
+
+def plain_forward(queries, keys, values, first, last, sinks, slopes):
+    """What the kernels compute, for a CPU: they have nothing there."""
+    del last
+    _, weights, lse = plain_weights(queries, keys, first, sinks, slopes)
+    values = values.repeat_interleave(weights.shape[1] // values.shape[2], dim=2)
+    return (weights @ values.transpose(1, 2)).transpose(1, 2).contiguous(), lse
+
+
+def plain_backward(queries, keys, values, first, last, sinks, slopes, *rest):
+    del last
+    out, _, d_out = rest
+    wide_keys, weights, lse = plain_weights(queries, keys, first, sinks, slopes)
+    groups = weights.shape[1] // keys.shape[2]
+    values = values.repeat_interleave(groups, dim=2).transpose(1, 2)
+    mean = (d_out * out).sum(dim=-1).transpose(1, 2)  # (B, N, T)
+    d_out = d_out.transpose(1, 2)
+    d_scores = weights * (d_out @ values.transpose(2, 3) - mean[..., None])
+    d_scores = d_scores * queries.shape[-1] ** -0.5
+    dq = (d_scores @ wide_keys).transpose(1, 2).contiguous()
+    of_keys = (d_scores.transpose(2, 3) @ queries.transpose(1, 2), weights.transpose(2, 3) @ d_out)
+    dk, dv = (x.unflatten(1, (-1, groups)).sum(dim=2).transpose(1, 2).contiguous() for x in of_keys)
+    d_sinks = -((sinks[:, None] - lse).exp() * mean).sum(dim=(0, 2))
+    return dq, dk, dv, d_sinks
+
+
 def check():
-    # FlexAttention refuses gradients on a CPU for want of a kernel; its plain form has them.
-    torch.nn.attention.flex_attention._validate_device = lambda *_: None
+    attend_op.register_kernel("cpu")(plain_forward)
+    attend_backward_op.register_kernel("cpu")(plain_backward)
     config = StudentConfig(
         num_layers=6,
         hidden_size=32,

@@ -82,14 +82,14 @@ def test_packed_rows_equal_sequences_alone(name):
 
 
 def test_attention_across_sequences_is_noticed(monkeypatch):
-    from vpmoe.kernels import attention
+    from vpmoe.kernels import packed
 
-    honest = attention.block_scope
+    honest = packed.block_scope
 
-    def leaky(documents, *, window_size, block):
-        return honest(torch.zeros_like(documents), window_size=window_size, block=block)
+    def leaky(documents, *, window_size):
+        return honest(torch.zeros_like(documents), window_size=window_size)
 
-    monkeypatch.setattr(attention, "block_scope", leaky)
+    monkeypatch.setattr(packed, "block_scope", leaky)
     with pytest.raises(TeacherError, match="answers otherwise in a packed row"):
         PackedNetwork(tiny_model(len(SUBSET), head_dim=16), batch_tokens=1_024)
 

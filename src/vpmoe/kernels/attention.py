@@ -1,147 +1,152 @@
-"""Attention on one GPU by FlexAttention: window, documents, penalties, sink; no [T, T] anywhere.
+"""Attention over packed rows on one GPU: windows, documents, penalties, sink; no [T, T] anywhere.
 
-The mask is a table of blocks made once per batch from the first and last document of each block, so
-that no [T, T] mask is ever computed. The sink is applied to the result through the log-sum-exp,
-which FlexAttention differentiates: out * sigmoid(lse - sink) is the softmax with one more term.
+What a query sees is one range of keys that ends with itself, and who sees a key is one range of
+queries that begins with itself. Two numbers per token say it all; they are made once per batch. The
+operators are opaque to the compiler, which calls them from inside a compiled region.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.attention.flex_attention import (
-    AuxRequest,
-    BlockMask,
-    FlexKernelOptions,
-    flex_attention,
-)
-
-BLOCK = 128  # tokens of a block of the mask
-_PADDING = 2**30  # sorts padding, which comes last in a row, behind every document
-
-# Fastest on an H200 of those tried: tiles of the forward, of the backward's two halves, warps.
-TILES: FlexKernelOptions = {
-    "fwd_BLOCK_M": 64,
-    "fwd_BLOCK_N": 32,
-    "bwd_BLOCK_M1": 32,
-    "bwd_BLOCK_N1": 64,
-    "bwd_BLOCK_M2": 64,
-    "bwd_BLOCK_N2": 32,
-    "num_warps": 4,
-    "num_stages": 3,
-    "FORCE_USE_FLEX_ATTENTION": True,  # short rows too: the decoding kernel has no gradient
-}  # pyright: ignore[reportAssignmentType]
 
 
 @dataclass(frozen=True)
-class BlockScope:
-    """Which keys a query of a packed row sees, as a table of blocks.
+class PackedScope:
+    """Which keys a query of a packed row sees.
 
     Attributes:
-        mask: Blocks to visit; those seen in part are masked key by key.
+        first: First key that each query sees; the last is its own.
+        last: Last query that sees each key; the first is its own.
     """
 
-    mask: BlockMask
+    first: Int[Tensor, "batch seq"]
+    last: Int[Tensor, "batch seq"]
 
 
-def block_scope(
-    documents: Int[Tensor, "batch seq"], *, window_size: int | None, block: int = BLOCK
-) -> BlockScope:
-    """Blocks of keys that blocks of queries see: causal, inside the document and the window.
+def packed_scope(documents: Int[Tensor, "batch seq"], *, window_size: int | None) -> PackedScope:
+    """Ranges of keys that queries see: causal, inside the document and the window.
 
     Args:
-        documents: Document of each token; ascending along a row, negative for padding at its end.
+        documents: Document of each token; equal ones stand together, padding is a document, too.
         window_size: Keys a query sees, itself included; None for all.
-        block: Tokens of a block.
 
     References:
-        Dong et al., "Flex Attention" (2024), arXiv:2412.05496. Difference: the table comes from
-        each block's first and last document, not from a [T, T] mask.
+        own.
     """
     seq = documents.shape[1]
-    documents = torch.where(documents < 0, _PADDING, documents).to(torch.int32)
-    num_blocks = -(-seq // block)
-    short = num_blocks * block - seq
-    blocks = torch.nn.functional.pad(documents, (0, short), value=_PADDING)
-    blocks = blocks.unflatten(1, (num_blocks, block))
-    first, last = blocks[..., 0], blocks[..., -1]  # (B, blocks)
-    number = torch.arange(num_blocks, device=documents.device)
-    back = (number[:, None] - number[None, :]) * block  # distance between blocks' first tokens
-    seen = (first[:, :, None] <= last[:, None, :]) & (first[:, None, :] <= last[:, :, None])
-    whole = (first[:, :, None] == last[:, None, :]) & (first[:, None, :] == last[:, :, None])
-    seen, whole = seen & (back >= 0), whole & (back >= block)
+    place = torch.arange(seq, device=documents.device).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    ends = starts.roll(-1, dims=1)
+    first = torch.where(starts, place, 0).cummax(dim=1).values
+    last = torch.where(ends, place, seq).flip(1).cummin(dim=1).values.flip(1)
     if window_size is not None:
-        seen = seen & (back - block + 1 < window_size)
-        whole = whole & (back + block - 1 < window_size)
-    # A block beyond the end of the row holds no token that may be read unmasked.
-    whole = whole & ((number + 1) * block <= seq)
+        first = torch.maximum(first, place - (window_size - 1))
+        last = torch.minimum(last, place + (window_size - 1))
+    return PackedScope(first.int(), last.int())
 
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        del h
-        keep = (q >= k) & (documents[b, q] == documents[b, k])
-        return keep if window_size is None else keep & (q - k < window_size)
 
-    mask = BlockMask.from_kv_blocks(
-        *_ordered(seen & ~whole),
-        *_ordered(whole),
-        BLOCK_SIZE=block,
-        mask_mod=mask_mod,
-        seq_lengths=(seq, seq),
+@torch.library.custom_op("vpmoe::attend", mutates_args=(), device_types="cuda")
+def attend_op(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor,
+    last: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What queries gather, and the log-sum-exp of each, base 2, the sink among its terms."""
+    from vpmoe.kernels import flash
+
+    del last
+    return flash.forward(queries, keys, values, first, sinks, slopes)
+
+
+@attend_op.register_fake
+def _(queries, keys, values, first, last, sinks, slopes) -> tuple[Tensor, Tensor]:
+    del keys, values, first, last, sinks, slopes
+    batch, seq, heads, _ = queries.shape
+    lse = queries.new_empty(batch, heads, seq, dtype=torch.float32)
+    return queries.new_empty(queries.shape), lse
+
+
+@torch.library.custom_op("vpmoe::attend_backward", mutates_args=(), device_types="cuda")
+def attend_backward_op(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor,
+    last: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys, values and sinks (empty without them)."""
+    from vpmoe.kernels import flash
+
+    d_out = d_out.contiguous()
+    dq, delta, d_sinks = flash.backward_queries(
+        queries, keys, values, first, sinks, slopes, out, lse, d_out
     )
-    return BlockScope(mask)
+    dk, dv = flash.backward_keys(queries, keys, values, first, last, slopes, lse, delta, d_out)
+    return dq, dk, dv, d_sinks
 
 
-def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row has, and which, those first."""
-    counts = blocks.sum(dim=-1, dtype=torch.int32)
-    order = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
-    return counts[:, None], order.to(torch.int32)[:, None]
+@attend_backward_op.register_fake
+def _(queries, keys, values, first, last, sinks, *rest: Any) -> tuple[Tensor, ...]:
+    del first, last, rest
+    heads = 0 if sinks is None else sinks.shape[0]
+    d_sinks = queries.new_empty(heads, dtype=torch.float32)
+    same = [tensor.new_empty(tensor.shape) for tensor in (queries, keys, values)]
+    return *same, d_sinks
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_out: Tensor, d_lse: None) -> tuple[Tensor | None, ...]:
+    del d_lse
+    *tensors, out, lse = ctx.saved_tensors
+    dq, dk, dv, d_sinks = attend_backward_op(*tensors, out, lse, d_out)
+    return dq, dk, dv, None, None, None if tensors[5] is None else d_sinks, None
+
+
+attend_op.register_autograd(_differentiate, setup_context=_keep)
 
 
 def attend(
     queries: Float[Tensor, "batch seq heads dim"],
     keys: Float[Tensor, "batch seq kv_heads dim"],
     values: Float[Tensor, "batch seq kv_heads dim"],
-    scope: BlockScope,
+    scope: PackedScope,
     *,
     sinks: Float[Tensor, " heads"] | None = None,
     slopes: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "batch seq heads dim"]:
-    """What each query gathers; to be called inside a compiled region.
+    """What each query gathers; may be called inside a compiled region.
 
     Args:
-        queries: After QK-norm and rotation.
+        queries: After QK-norm and rotation, bf16.
         keys: The same.
         values: Unrotated.
         scope: Who sees whom.
-        sinks: Logit of each head's sink, float32.
-        slopes: Penalty in nats per token of distance, per head.
+        sinks: Logit of each head's sink, float32, with grad.
+        slopes: Penalty in nats per token of distance, per head; no grad.
 
     References:
-        Dong et al., "Flex Attention" (2024), arXiv:2412.05496; OpenAI, "gpt-oss model card"
-        (2025), arXiv:2508.10925, for the sink; Press et al., "Train Short, Test Long" (ICLR 2022),
-        arXiv:2108.12409, for the penalties.
+        Dao et al., "FlashAttention" (2022), arXiv:2205.14135; OpenAI, "gpt-oss model card" (2025),
+        arXiv:2508.10925, for the sink; Press et al., "Train Short, Test Long" (ICLR 2022),
+        arXiv:2108.12409, for the penalties. Difference: the sink starts the running softmax, and
+        ranges of keys take the place of masks.
     """
-
-    def penalty(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        del b
-        assert slopes is not None
-        return score - slopes[h] * (q - k)
-
-    out, aux = flex_attention(
-        queries.transpose(1, 2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        score_mod=None if slopes is None else penalty,
-        block_mask=scope.mask,
-        enable_gqa=True,
-        kernel_options=TILES,
-        return_aux=AuxRequest(lse=True),
-    )
-    out = out.transpose(1, 2)  # (B, T, N, H)
-    if sinks is None:
-        return out
-    assert aux.lse is not None
-    kept = torch.sigmoid(aux.lse - sinks[:, None]).transpose(1, 2)  # (B, T, N)
-    return (out * kept[..., None]).to(out.dtype)
+    out, _ = attend_op(queries, keys, values, scope.first, scope.last, sinks, slopes)
+    return out

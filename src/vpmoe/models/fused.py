@@ -22,27 +22,27 @@ MAX_EXPERTS = 256  # one program holds all scores of a token
 REGIONS = 64  # kinds of layers, shapes and modes that may be compiled before a run stops
 
 
-def scope_fused(scope: AttentionScope) -> AttentionScope | attention.BlockScope:
-    """The table of blocks of a packed batch; a cached conversation's scope as it is.
+def scope_fused(scope: AttentionScope) -> AttentionScope | attention.PackedScope:
+    """The ranges of a packed batch; a cached conversation's scope as it is.
 
     References:
         own.
     """
     if scope.documents is None:
         return scope
-    return attention.block_scope(scope.documents, window_size=scope.window_size)
+    return attention.packed_scope(scope.documents, window_size=scope.window_size)
 
 
 def attend_fused(
     queries: Float[Tensor, "batch seq heads dim"],
     keys: Float[Tensor, "batch keys kv_heads dim"],
     values: Float[Tensor, "batch keys kv_heads dim"],
-    scope: AttentionScope | attention.BlockScope,
+    scope: AttentionScope | attention.PackedScope,
     *,
     sinks: Float[Tensor, " heads"] | None = None,
     slopes: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "batch seq heads dim"]:
-    """What each query gathers: by FlexAttention in packed rows, by the reference from a cache.
+    """What each query gathers: by a kernel in packed rows, by the reference from a cache.
 
     References:
         own; see `kernels.attention.attend`.

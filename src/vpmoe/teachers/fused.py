@@ -23,7 +23,7 @@ from vpmoe.teachers.distribution import Head, require_k
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from vpmoe.kernels.attention import BlockScope
+    from vpmoe.kernels.packed import BlockScope
 
 ATTENTION = "vpmoe_packed"  # its name in transformers' registry
 MIN_ROW = 1_024  # rows are padded to this times a power of two, or to the batch's size
@@ -150,16 +150,13 @@ class PackedNetwork:
         return self._run(row)
 
     def _run(self, row: Row) -> tuple[Tensor, Tensor]:
-        from vpmoe.kernels.attention import block_scope
-        from vpmoe.kernels.packed import BLOCK
+        from vpmoe.kernels.packed import block_scope
 
         device = self._model.device
         stacked = np.stack([row.tokens, row.positions, row.documents])
         tokens, positions, documents = _on_device(stacked, device)
         places = _on_device(row.places, device)
-        scopes = {
-            w: block_scope(documents[None], window_size=w, block=BLOCK) for w in self._windows
-        }
+        scopes = {w: block_scope(documents[None], window_size=w) for w in self._windows}
         hidden = self._model.base_model(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, scopes=scopes
         ).last_hidden_state
