@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from vpmoe.data.o200k import decode, encode
+from vpmoe.vocabulary import VOCAB_SIZE
+
 GOLDEN = Path(__file__).parent / "golden" / "vllm-0.32.0.json"
 
 
@@ -36,7 +39,7 @@ def logprobs_of(tokens, width: int = 64) -> tuple[np.ndarray, np.ndarray]:
 
 def invented(body: dict) -> dict:
     """An answer of the recorded form, with numbers that follow from the prompt alone."""
-    tokens, k = body["prompt"], body["prompt_logprobs"]
+    tokens, k = body["prompt"], body.get("prompt_logprobs", 0)
     ids, logprobs = logprobs_of(tokens)
     places: list[dict | None] = [None]
     for place in range(1, len(tokens)):
@@ -53,6 +56,13 @@ def invented(body: dict) -> dict:
         places.append(row)
     choice = {"index": 0, "text": "", "prompt_logprobs": places, "prompt_token_ids": tokens}
     return {"object": "text_completion", "model": body["model"], "choices": [choice]}
+
+
+def spelled(path: str, body: dict) -> dict:
+    """Answers of the tokenizer's two addresses."""
+    if path == "/tokenize":
+        return {"tokens": encode(body["prompt"]).tolist()}
+    return {"prompt": decode(body["tokens"])}
 
 
 def own_logprobs(tokens) -> np.ndarray:
@@ -74,6 +84,7 @@ class StandIn:
         self.bodies: list[dict] = []
         self.headers: list[dict] = []
         self.pause = 0.0
+        self.num_ids = VOCAB_SIZE
         self.busy = self.most_busy = 0
         self.models = golden()["models"]
         self.lock = threading.Lock()
@@ -84,6 +95,9 @@ class StandIn:
             self._send(handler, 200, self.models)
             return
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        if handler.path != "/v1/completions":
+            self._send(handler, 200, spelled(handler.path, body))
+            return
         with self.lock:
             self.busy += 1
             self.most_busy = max(self.most_busy, self.busy)
@@ -98,6 +112,8 @@ class StandIn:
                 self._send(handler, fault, {"error": {"message": "as told", "code": fault}})
             elif isinstance(fault, dict):
                 self._send(handler, fault["status"], fault["answer"])
+            elif max(body["prompt"]) >= self.num_ids:
+                self._send(handler, 400, golden()["refusals"]["outside the vocabulary"]["answer"])
             else:
                 answer = self.answer(body)
                 answer = fault(answer) if callable(fault) else answer

@@ -18,6 +18,8 @@ CLASSES = {
     "offline": "vpmoe.stages.offline:OfflineConfig",
     "on_policy": "vpmoe.stages.on_policy:OnPolicyConfig",
     "demo": "vpmoe.stages.demo:DemoConfig",
+    "local": "vpmoe.teachers.local:LocalTeacherConfig",
+    "server": "vpmoe.teachers.server:ServerTeacherConfig",
 }
 
 

@@ -21,6 +21,7 @@ from vpmoe.cli import (
     profile,
     report,
     score,
+    teacher,
     train,
 )
 from vpmoe.cli.complaints import complain
@@ -45,6 +46,7 @@ ORDER = [
     "check",
     "count",
     "data",
+    "teacher",
     "score",
     "train",
     "profile",
@@ -101,6 +103,7 @@ for name, verb in {
 }.items():
     app.command(name)(verb)
 app.add_typer(data.app, name="data")
+app.add_typer(teacher.app, name="teacher")
 
 
 def run(arguments: Sequence[str]) -> int:

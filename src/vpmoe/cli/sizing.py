@@ -21,6 +21,8 @@ def facts(config: Config) -> Facts:
         "eval": _eval_facts,
         "score": _score_facts,
         "demo": _demo_facts,
+        "local": lambda teacher: [("teacher", _named(teacher))],
+        "server": lambda teacher: [("teacher", _named(teacher))],
         "student": lambda student: [("student", _student_line(student))],
     }
     return by_kind.get(getattr(config, "kind", ""), _stage_facts)(config)
