@@ -4,10 +4,21 @@ from typing import Annotated
 
 from pydantic import Field
 
+from vpmoe.teachers.codecs.adaptive import AdaptiveConfig
 from vpmoe.teachers.codecs.base import Codec as Codec
 from vpmoe.teachers.codecs.base import Entries as Entries
+from vpmoe.teachers.codecs.distillkit import DistillKitConfig
 from vpmoe.teachers.codecs.logprob import LogprobConfig
+from vpmoe.teachers.codecs.sampled import SampledConfig
 from vpmoe.teachers.codecs.set_coded import SetCodedConfig
 from vpmoe.teachers.codecs.top_k import TopKConfig
 
-CodecConfig = Annotated[LogprobConfig | TopKConfig | SetCodedConfig, Field(discriminator="kind")]
+CodecConfig = Annotated[
+    LogprobConfig
+    | TopKConfig
+    | SetCodedConfig
+    | AdaptiveConfig
+    | SampledConfig
+    | DistillKitConfig,
+    Field(discriminator="kind"),
+]

@@ -69,7 +69,7 @@ def pack(
 
     The deepest log-prob is written only where there is more than one.
     """
-    used = _used(counts, entries.ids.shape[1])
+    used = used_entries(counts, entries.ids.shape[1])
     ids, order = entries.ids.where(used, VOCAB_SIZE).sort(1)
     kept = entries.logprobs.where(used, -torch.inf).gather(1, order)
     dropped = entries.logprobs.where(~used, -torch.inf).logsumexp(1)
@@ -106,7 +106,7 @@ def unpack(
     if not bool((tail <= 0).all()) or not bool((deepest >= 0).all()):
         raise damaged("a mass above one")
     flat = decode_sets(columns[LOW], columns[HIGH], counts, places)
-    used = _used(counts, width)
+    used = used_entries(counts, width)
     ids, codes = (
         torch.zeros_like(used, dtype=torch.int64),
         torch.zeros_like(used, dtype=torch.int64),
@@ -116,7 +116,8 @@ def unpack(
     return Entries(ids, expanded(codes, deepest, tail, used, bits), tail)
 
 
-def _used(counts: Tensor, width: int) -> Bool[Tensor, "places entries"]:
+def used_entries(counts: Tensor, width: int) -> Bool[Tensor, "places entries"]:
+    """True at the first `counts` of `width` entries."""
     return torch.arange(width, device=counts.device) < counts[:, None]
 
 
@@ -127,7 +128,8 @@ def _sums(numbers: Int64[Tensor, " places"], places: Int64[Tensor, " samples"]) 
     return before[last] - before[last - places]
 
 
-def _starts(counts: Tensor, places: Tensor, bits: int, total: int) -> tuple[Tensor, Tensor]:
+def number_starts(counts: Tensor, places: Tensor, bits: int, total: int) -> tuple[Tensor, Tensor]:
+    """Where the numbers of `bits` bits of each place begin, and the bytes that a sample takes."""
     starts, sizes = layout(counts * bits, places)
     first = torch.cumsum(counts, 0) - counts
     offset = torch.repeat_interleave(starts - first * bits, counts, output_size=total)
@@ -137,7 +139,7 @@ def _starts(counts: Tensor, places: Tensor, bits: int, total: int) -> tuple[Tens
 def _pack_values(codes: Tensor, counts: Tensor, places: Tensor, bits: int) -> Column:
     if bits == 8:
         return Column(codes.to(torch.uint8), _sums(counts, places))
-    starts, sizes = _starts(counts, places, bits, len(codes))
+    starts, sizes = number_starts(counts, places, bits, len(codes))
     return Column(put(codes, starts, bits, int(sizes.sum())), sizes)
 
 
@@ -146,6 +148,6 @@ def _unpack_values(data: Tensor, counts: Tensor, places: Tensor, bits: int) -> T
     if bits == 8:
         require_size("values", len(data), total)
         return data.long()
-    starts, sizes = _starts(counts, places, bits, total)
+    starts, sizes = number_starts(counts, places, bits, total)
     require_size("values", len(data), int(sizes.sum()))
     return get(data, starts, bits)
