@@ -14,11 +14,6 @@ from vpmoe.teachers.codecs.set_coded import SetCodedConfig
 from vpmoe.teachers.codecs.top_k import TopKConfig
 
 CodecConfig = Annotated[
-    LogprobConfig
-    | TopKConfig
-    | SetCodedConfig
-    | AdaptiveConfig
-    | SampledConfig
-    | DistillKitConfig,
+    LogprobConfig | TopKConfig | SetCodedConfig | AdaptiveConfig | SampledConfig | DistillKitConfig,
     Field(discriminator="kind"),
 ]
