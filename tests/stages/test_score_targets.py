@@ -195,10 +195,14 @@ def test_a_teacher_that_cannot_serve_the_codec_is_refused_in_words(dataset, tmp_
     assert "logprob" in refused.value.hint
 
 
+ADAPTIVE = {"kind": "adaptive", "k": 40, "worth_nats": 1e-2, "value_bits": 8}
+SAMPLED = {"kind": "sampled", "draws": 20, "seed": 3}
+
+
 def test_a_real_model_with_every_codec(dataset, tmp_path):
     path = write_teacher(tmp_path / "teacher", None, hidden_size=16, num_hidden_layers=1)
     teacher = {"kind": "local", "path": path, "dtype": "float32"}
-    for codec in (TOP_K, SET_CODED):
+    for codec in (TOP_K, SET_CODED, ADAPTIVE, SAMPLED, {"kind": "distillkit"}):
         config = config_for(
             tmp_path / codec["kind"],
             data=str(dataset.path),
@@ -211,9 +215,21 @@ def test_a_real_model_with_every_codec(dataset, tmp_path):
         for name in store:
             document = dataset.conversation(dataset.index_of[name])
             trained = np.flatnonzero(document.span_ids != Span.IGNORE)
-            top = local.score_top([document.tokens], K)[0]
-            found = store.entries([name]).ranked()
-            np.testing.assert_array_equal(
-                np.sort(found.ids, axis=1), np.sort(top.top_ids[trained], axis=1)
-            )
-            np.testing.assert_allclose(found.logprobs, top.top_logprobs[trained], atol=0.02)
+            found = store.entries([name])
+            if codec is SAMPLED:
+                drawn = local.score_sampled([document.tokens], 20, 3)[0]
+                width = found.ids.shape[1]
+                np.testing.assert_array_equal(found.ids, drawn.ids[trained, :width])
+                weights = drawn.log_weights[trained, :width]
+                np.testing.assert_allclose(found.logprobs, weights, atol=1e-6)
+                continue
+            top = local.score_top([document.tokens], store.max_entries)[0]
+            counts = found.counts.tolist()
+            for place, label in enumerate(trained):
+                count = counts[place]
+                expected = dict(zip(top.top_ids[label], top.top_logprobs[label], strict=True))
+                ids = found.ids[place, :count].tolist()
+                assert set(ids) == set(top.top_ids[label, :count].tolist())
+                if codec["kind"] != "distillkit":
+                    values = [expected[i] for i in ids]
+                    np.testing.assert_allclose(found.logprobs[place, :count], values, atol=0.05)

@@ -190,6 +190,11 @@ class TargetStore(Mapping[str, np.ndarray]):
                 f"{self.path} has schema {self.manifest.get('schema')!r}, expected {SCHEMA!r}",
                 hint="give the folder that vpmoe score wrote",
             )
+        if missing := {"header", "shards", "samples", "labels"} - self.manifest.keys():
+            raise DataError(
+                f"the manifest of {self.path} lacks {', '.join(sorted(missing))}",
+                hint="delete it and run vpmoe score again; the shards are kept",
+            )
         self.header: dict[str, Any] = self.manifest["header"]
         self.codec = codec_of(self.header)
         self._shards = [self._open(entry) for entry in self.manifest["shards"]]
@@ -198,14 +203,14 @@ class TargetStore(Mapping[str, np.ndarray]):
             self._rows.update((name, (shard, row)) for row, name in enumerate(shard.sample_ids))
 
     def _open(self, entry: Mapping[str, Any]) -> Shard:
-        file = self.path / entry["file"]
-        if not file.exists():
+        file = self.path / str(entry.get("file"))
+        if not file.is_file():
             raise DataError(
-                f"target store {self.path} lacks {entry['file']}",
+                f"target store {self.path} lacks {file.name}",
                 hint="copy the store again, or delete its manifest.json and score again",
             )
         digest = require_whole(file)
-        if digest != entry["sha256"]:
+        if digest != entry.get("sha256"):
             raise DataError(f"{file} is not the shard that the manifest names", hint="score again")
         shard = Shard(file)
         if shard.header != self.header:

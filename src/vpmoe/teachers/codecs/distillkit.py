@@ -21,6 +21,7 @@ from vpmoe.teachers.codecs.base import (
     tail_of,
 )
 from vpmoe.teachers.codecs.bits import MAX_WIDTH, get, put
+from vpmoe.teachers.codecs.values import numbers
 from vpmoe.vocabulary import VOCAB_SIZE
 
 Number = Literal["float16", "bfloat16", "float32", "float64"]
@@ -215,7 +216,7 @@ def _bytes(values: Tensor, dtype: str) -> UInt8[Tensor, "places bytes"]:
 
 def _numbers(rows: UInt8[Tensor, "places bytes"], dtype: str) -> Float[Tensor, "places numbers"]:
     width = _dtype(dtype).itemsize
-    return rows.clone().reshape(-1).view(_dtype(dtype)).reshape(len(rows), rows.shape[1] // width)
+    return numbers(rows.reshape(-1), _dtype(dtype)).reshape(len(rows), rows.shape[1] // width)
 
 
 def _packed_rows(values: Int64[Tensor, "places numbers"], width: int) -> Tensor:

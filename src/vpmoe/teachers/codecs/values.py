@@ -27,10 +27,19 @@ def from_bytes(data: UInt8[Tensor, " bytes"]) -> Float32[Tensor, " values"]:
     References:
         own.
     """
-    values = data.clone().view(torch.float16).float()
+    values = numbers(data, torch.float16).float()
     if not bool((values < torch.inf).all()):
         raise damaged("a value is not a number")
     return values
+
+
+def numbers(data: UInt8[Tensor, " bytes"], dtype: torch.dtype) -> Float[Tensor, " values"]:
+    """The bytes read as numbers; copied, as a slice of bytes may begin anywhere.
+
+    References:
+        own.
+    """
+    return torch.empty(len(data), dtype=torch.uint8, device=data.device).copy_(data).view(dtype)
 
 
 def depths(
