@@ -97,6 +97,48 @@ def test_a_live_teacher_teaches_and_a_crash_changes_nothing(stored):
     assert first["train/unseen_kl_at_most/final"] == 0
 
 
+def test_layers_are_matched_beside_stored_targets_and_a_crash_changes_nothing(stored):
+    """The student is narrower than the teacher: a projection is trained, saved and restored."""
+    changes = {
+        "loss": {"kind": "forward_kl", "label_weight": 0.2},
+        "teacher": TEACHER,
+        "states": {"layers": [[1, 1], [3, 2]], "weight": 0.3},
+        "targets": {"path": str(stored / "top"), "share": 0.75},
+        "analysis_weights": {},
+        "budget": {"steps": 6},
+        "checkpoint": {"every_steps": 2},
+    }
+    offline.run(stage_two(stored, "2-states", **changes))
+    broken = stage_two(stored, "2-states-broken", **changes)
+    with pytest.raises(KeyboardInterrupt):
+        offline.run(broken, observers=[Killer(5)])
+    offline.run(broken, resume=True)
+    rows = kept(stored / "2-states")
+    assert kept(stored / "2-states-broken") == rows
+    taught = [row for row in rows if "train/kl_at_least/final" in row]
+    distances = [row["train/state_distance/final"] for row in taught]
+    assert len(distances) == 4 and all(0 < value < 2 for value in distances)
+
+
+def test_layers_that_are_not_there_are_refused(stored):
+    changes = {"states": {"layers": [[4, 1]]}, "teacher": TEACHER}
+    with pytest.raises(DataError, match="layer 4 of the student, which has 3"):
+        offline.run(stage_two(stored, "2-deep", **changes))
+
+
+def test_the_last_layers_states_are_the_final_ones(stored):
+    teacher, batch = teacher_and_batch(stored)
+    last = teacher.num_layers
+    found = states_of(teacher, batch, (1, last))
+    torch.testing.assert_close(found[:, :, 1], states_of(teacher, batch))
+    assert found.shape[2:] == (2, teacher.width)
+    student = build_student(StudentConfig(**{**STUDENT, "vocab_subset": VOCAB}), seed=0)
+    inputs, _ = run_student(student, batch, layers=(3, 1))
+    normed = student.final_norm(inputs.student_states[:, 0])
+    torch.testing.assert_close(normed, inputs.hidden)
+    assert not torch.equal(inputs.student_states[:, 0], inputs.student_states[:, 1])
+
+
 def test_states_and_head_give_the_teachers_own_logprobs(stored):
     teacher, batch = teacher_and_batch(stored)
     student = build_student(StudentConfig(**{**STUDENT, "vocab_subset": VOCAB}), seed=0)
@@ -180,6 +222,7 @@ def test_stores_follow_one_another_by_tokens(stored):
     ("changes", "message"),
     [
         ({"loss": {"kind": "forward_kl", "against": "hidden"}}, r"add a \[teacher\] table"),
+        ({"states": {"layers": [[1, 1]]}}, "states needs the states of a teacher"),
         ({"teacher": TEACHER}, r"would never ask \[teacher\]"),
         ({"targets": {}}, "give targets.path"),
         ({"targets": {"path": "a", "stores": [{"path": "b"}]}}, "give one of them"),
@@ -198,7 +241,7 @@ def test_stores_follow_one_another_by_tokens(stored):
         ),
         ({"loss": {"kind": "forward_kl", "tail": "renormalized_both"}}, "is zero"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_what_does_not_fit_together_is_refused_by_the_config(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):

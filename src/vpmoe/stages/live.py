@@ -13,11 +13,12 @@ from vpmoe.batch import Batch
 from vpmoe.errors import DataError
 from vpmoe.losses import Loss, LossInputs, LossOutput
 from vpmoe.models.student import Student
+from vpmoe.teachers.base import TEACHER_HIDDEN
 from vpmoe.teachers.local import LocalTeacher
 
 
 class TaughtLoss:
-    """A loss whose batches bring no word of the teacher: it is asked as they come.
+    """A loss whose batches bring no states of the teacher: it is asked as they come.
 
     Args:
         loss: What is learned from the teacher's states.
@@ -25,23 +26,35 @@ class TaughtLoss:
         student: Whose vocabulary the teacher's head is cut to.
 
     Raises:
-        DataError: If the student has tokens that the teacher does not know.
+        DataError: If the student has tokens that the teacher does not know, or one of the two has
+            no layer of a number that the loss asks for.
     """
 
     def __init__(self, loss: Loss, teacher: LocalTeacher, student: Student) -> None:
         self._loss = loss
         self._teacher = teacher
-        self._head = head_of(teacher, student)
+        self._head = head_of(teacher, student) if TEACHER_HIDDEN in loss.needs else None
+        self._teacher_layers: tuple[int, ...] = getattr(loss, "teacher_layers", ())
         self.layers = loss.layers
-        self.needs = frozenset({"teacher_hidden"})
+        self.needs = loss.needs - {TEACHER_HIDDEN, "teacher_head", "teacher_states"}
+        _require_layers("student", self.layers, student.config.num_layers)
+        _require_layers("teacher", self._teacher_layers, teacher.num_layers)
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with the teacher's states at every token of a document."""
-        return replace(batch, teacher_hidden=states_of(self._teacher, batch))
+        """The batch with the teacher's states at every token of a document, from one forward."""
+        batch = self._loss.prepare(batch)
+        if not self._teacher_layers:
+            return replace(batch, teacher_hidden=states_of(self._teacher, batch))
+        layers = self._teacher_layers
+        if self._head is None:
+            return replace(batch, teacher_states=states_of(self._teacher, batch, layers))
+        last = self._teacher.num_layers  # its states are the final ones
+        found = states_of(self._teacher, batch, (*layers, last))
+        return replace(batch, teacher_states=found[:, :, :-1], teacher_hidden=found[:, :, -1])
 
     def __call__(self, inputs: LossInputs, span_scales: Float[Tensor, " span"]) -> LossOutput:
         """Sums and counts of one micro-batch, with the scalar to differentiate."""
-        head = self._head.to(inputs.hidden.device)
+        head = None if self._head is None else self._head.to(inputs.hidden.device)
         return self._loss(replace(inputs, teacher_head=head), span_scales)
 
     def own_gradients(self) -> dict[str, Tensor]:
@@ -86,8 +99,10 @@ def head_of(teacher: LocalTeacher, student: Student) -> Float[Tensor, "rows teac
     return weight[rows.to(weight.device)]
 
 
-def states_of(teacher: LocalTeacher, batch: Batch) -> Float[Tensor, "batch seq teacher_dim"]:
-    """Final states of the teacher at every token of a document; 0 at padding.
+def states_of(
+    teacher: LocalTeacher, batch: Batch, layers: tuple[int, ...] = ()
+) -> Float[Tensor, "batch seq *layers teacher_dim"]:
+    """Final states of the teacher, or those of some layers, at every token; 0 at padding.
 
     Each document is read by itself, as the student's attention sees it.
     """
@@ -95,17 +110,23 @@ def states_of(teacher: LocalTeacher, batch: Batch) -> Float[Tensor, "batch seq t
     tokens = batch.tokens.cpu().numpy()
     # The teacher gives no state of a sequence's last token, so that each gets one more to end on.
     asked = [np.append(tokens[row, begin:end], tokens[row, begin]) for row, begin, end in pieces]
-    found = teacher.hidden(asked)
-    width = found[0].shape[1] if found else teacher.head_weight.shape[1]
+    found = teacher.layer_states(asked, layers) if layers else teacher.hidden(asked)
+    shape = (len(layers), teacher.width) if layers else (teacher.width,)
     states = torch.zeros(
-        *batch.tokens.shape,
-        width,
-        dtype=found[0].dtype if found else torch.float32,
-        device=batch.tokens.device,
+        *batch.tokens.shape, *shape, dtype=teacher.head_weight.dtype, device=batch.tokens.device
     )
     for (row, begin, end), state in zip(pieces, found, strict=True):
         states[row, begin:end] = state.to(states.device)
     return states
+
+
+def _require_layers(who: str, numbers: tuple[int, ...], depth: int) -> None:
+    beyond = [number for number in numbers if number > depth]
+    if beyond:
+        raise DataError(
+            f"states.layers names layer {beyond[0]} of the {who}, which has {depth}",
+            hint="count from 1 to the number of layers",
+        )
 
 
 def documents_of(document_ids: Int64[Tensor, "batch seq"]) -> list[tuple[int, int, int]]:

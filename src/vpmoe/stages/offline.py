@@ -10,11 +10,13 @@ from pydantic import Field, model_validator
 
 from vpmoe.batch import Batch
 from vpmoe.config import Config
+from vpmoe.data.analysis_weights import AnalysisWeightsConfig, weighted
 from vpmoe.data.dataset import Dataset
 from vpmoe.data.loader import PackedLoader
 from vpmoe.data.mixture import anchors_before, uses_anchor
 from vpmoe.errors import DataError
 from vpmoe.losses import ConfidenceWeightedConfig, CrossEntropyConfig, Loss, OfflineLossConfig
+from vpmoe.losses.states import StateMatch, StateMatchConfig
 from vpmoe.models.student import Student
 from vpmoe.stages.base import (
     Prepared,
@@ -84,30 +86,33 @@ class OfflineConfig(StageConfig):
     """Of the other batches."""
     targets: TargetsConfig = TargetsConfig()
     teacher: LocalTeacherConfig | None = None
-    """Read beside the student, by a loss against its states; other losses read targets."""
+    """Read beside the student, for its states; what is stored it is not asked for."""
+    states: StateMatchConfig | None = None
+    """Layers of the student that are drawn towards the teacher's, beside the loss."""
+    analysis_weights: AnalysisWeightsConfig | None = None
+    """Weights by what chunks of the reasoning look like, for both kinds of batches."""
 
     @model_validator(mode="after")
     def _has_what_the_loss_needs(self) -> Self:
-        live = TEACHER_HIDDEN in self.loss.needs
-        if live and self.teacher is None:
+        live, kind = TEACHER_HIDDEN in self.loss.needs, self.loss.kind
+        asked = "states" if self.states else f"loss {kind}" if live else ""
+        if asked and self.teacher is None:
             raise ValueError(
-                f"loss {self.loss.kind} needs the states of a teacher beside the student; add a "
-                "[teacher] table, or set loss.against = targets"
+                f"{asked} needs the states of a teacher beside the student; add a [teacher] "
+                "table, or leave out what is against them"
+            )
+        if not asked and self.teacher is not None:
+            raise ValueError(
+                f"loss {kind} reads stored targets and would never ask [teacher]; "
+                "leave the table out, or set loss.against = hidden"
             )
         if live and self.targets.in_turn:
             raise ValueError(
-                f"loss {self.loss.kind} is against a live teacher's states and reads no store; "
+                f"loss {kind} is against a live teacher's states and reads no store; "
                 "leave targets.path out, or set loss.against = targets"
             )
-        if not live and self.teacher is not None:
-            raise ValueError(
-                f"loss {self.loss.kind} reads stored targets and would never ask [teacher]; "
-                "leave the table out, or set loss.against = hidden"
-            )
         if not live and not self.targets.in_turn:
-            raise ValueError(
-                f"loss {self.loss.kind} reads a teacher's stored scores; give targets.path"
-            )
+            raise ValueError(f"loss {kind} reads a teacher's stored scores; give targets.path")
         return self
 
 
@@ -149,30 +154,45 @@ class Offline(Plan):
         self._ranks = ranks
         self._plain = self._loader()
         self._plain_loss = config.plain_loss.build()
-        self._streams, taught_by = self._live(student) if config.teacher else self._stored()
-        self.inputs = {**inputs, "data": self._dataset.identity, **taught_by}
+        self._teacher = config.teacher.build() if config.teacher else None
+        self.inputs = {**inputs, "data": self._dataset.identity}
+        if self._teacher is not None:
+            self.inputs["teacher"] = self._teacher.identity.as_dict()
+        if config.targets.in_turn:
+            self._streams, self.inputs["targets"] = self._stored(student)
+        else:
+            self._streams = [Stream(self._loader(), self._loss(student), 0)]
         fills = [stream.loader.fill_rate for stream in self._streams]
         self.num_steps = config.budget.num_steps(self._tokens_a_step(sum(fills) / len(fills)))
 
-    def _live(self, student: Student) -> tuple[list[Stream], dict[str, Any]]:
-        assert self._config.teacher is not None
-        teacher = self._config.teacher.build()
-        loss = TaughtLoss(self._config.loss.build(), teacher, student)
-        return [Stream(self._loader(), loss, 0)], {"teacher": teacher.identity.as_dict()}
+    def _loss(self, student: Student) -> Loss:
+        """A loss of its own for one teacher, which may be asked as batches come."""
+        loss, matched = self._config.loss.build(), self._config.states
+        if self._teacher is None:
+            return loss
+        if matched is not None:
+            loss = StateMatch(
+                loss,
+                matched,
+                student_dim=student.config.hidden_size,
+                teacher_dim=self._teacher.width,
+                seed=self._config.seed,
+            )
+        return TaughtLoss(loss, self._teacher, student)
 
-    def _stored(self) -> tuple[list[Stream], dict[str, Any]]:
+    def _stored(self, student: Student) -> tuple[list[Stream], Any]:
+        """A stream for each store, and what the stores say of themselves."""
         streams, headers, first_step, before = [], [], 0, 0
         for given in self._config.targets.in_turn:
             store = open_targets(Path(given.path), self._dataset)
-            loss = self._config.loss.build()
-            targets = _distributions(store, loss)
+            targets = _distributions(store, self._config.loss.build())
             loader = self._loader(scores=store, targets=targets, only=frozenset(store))
-            streams.append(Stream(loader, loss, first_step))
+            streams.append(Stream(loader, self._loss(student), first_step))
             headers.append(store.header)
             a_step = self._tokens_a_step(loader.fill_rate)
             first_step += math.ceil((given.until_tokens - before) / a_step)
             before = given.until_tokens
-        return streams, {"targets": headers[0] if len(headers) == 1 else headers}
+        return streams, headers[0] if len(headers) == 1 else headers
 
     def _loader(self, **scored: Any) -> PackedLoader:
         config = self._config
@@ -195,7 +215,10 @@ class Offline(Plan):
         else:
             loader, turn, loss = self._plain, step - taught_before, self._plain_loss
         start = turn * self._batch.global_batch_size
-        return rank_batches(loader, start, self._batch, self._ranks), loss
+        batches = rank_batches(loader, start, self._batch, self._ranks)
+        if self._config.analysis_weights is None:
+            return batches, loss
+        return [weighted(batch, self._config.analysis_weights) for batch in batches], loss
 
     def state(self) -> dict[str, Any]:
         """What the losses remember, such as running means that center weights, by stream."""

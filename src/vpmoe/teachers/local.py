@@ -248,6 +248,33 @@ class LocalTeacher:
         device = self._model.device
         return [h for (h,) in self._oversimilar_lengths(sequences, lambda h, *_: (h,), to=device)]
 
+    @property
+    def width(self) -> int:
+        """Of its states."""
+        return int(self.head_weight.shape[1])
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers it has."""
+        return int(self._model.config.num_hidden_layers)
+
+    @torch.no_grad()
+    def layer_states(
+        self, sequences: Sequence[np.ndarray], layers: Sequence[int]
+    ) -> list[Float[Tensor, "places layers teacher_dim"]]:
+        """The stream after each of these layers, counted from 1; after the last one it is normed.
+
+        Raises:
+            TeacherError: If there is no such layer; see also `score`.
+        """
+        if not all(1 <= number <= self.num_layers for number in layers):
+            raise TeacherError(
+                f"asked for layers {list(layers)} of a teacher with {self.num_layers}"
+            )
+        device = self._model.device
+        found = self._oversimilar_lengths(sequences, lambda h, *_: (h,), to=device, layers=layers)
+        return [states for (states,) in found]
+
     @torch.inference_mode()
     def complete(self, prompts: Sequence[np.ndarray], *, max_new_tokens: int) -> list[np.ndarray]:
         """Greedy completions, each up to and including its stop token.
@@ -306,7 +333,12 @@ class LocalTeacher:
         return rows if self.subset is None else self.subset.ids[rows]
 
     def _oversimilar_lengths(
-        self, sequences: Sequence[np.ndarray], read: _Read, *, to: torch.device | str = "cpu"
+        self,
+        sequences: Sequence[np.ndarray],
+        read: _Read,
+        *,
+        to: torch.device | str = "cpu",
+        layers: Sequence[int] = (),
     ) -> list[tuple[Tensor, ...]]:
         """What `read` says of the places of every sequence, in the order of the sequences."""
         rows = [self._rows_of(sequence) for sequence in sequences]
@@ -316,7 +348,7 @@ class LocalTeacher:
         earlier: Arriving | None = None  # fetched while the GPU is at work on the next batch
         for members in batches(lengths, self._batch_tokens):
             try:
-                hidden, labels = self._states([rows[i] for i in members])
+                hidden, labels = self._states([rows[i] for i in members], layers)
                 found = Arriving(read(hidden, labels, members), to, members)
             except torch.OutOfMemoryError as error:
                 raise TeacherError(
@@ -331,13 +363,23 @@ class LocalTeacher:
             earlier.give(out, lengths)
         return out
 
-    def _states(self, rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Final states of all places that a token follows, and those tokens."""
+    def _states(self, rows: list[np.ndarray], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Final states, or those of some layers, where a token follows, and those tokens."""
+        if self._packed is not None and layers:
+            raise TeacherError(
+                "states of single layers come from the plain network alone",
+                hint="leave the teacher's kernels out",
+            )
         if self._packed is not None:
             return self._packed.states(rows)
         tokens, real = pad_right(rows)
         tokens, real = tokens.to(self._model.device), real.to(self._model.device)
-        hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        found = self._model.base_model(
+            input_ids=tokens, use_cache=False, output_hidden_states=bool(layers)
+        )
+        hidden = found.last_hidden_state
+        if layers:
+            hidden = torch.stack([found.hidden_states[number] for number in layers], dim=2)
         asked = real[:, 1:]  # (B, T-1): the token after each position exists
         return hidden[:, :-1][asked], tokens[:, 1:][asked]
 
