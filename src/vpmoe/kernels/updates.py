@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 BLOCK = 2048
@@ -11,12 +11,12 @@ BLOCK = 2048
 
 @triton.jit
 def _momentum_kernel(
-    gradient, momentum, active, out, numel, decay,
+    gradient, momentum, active, out, numel, decay, scale,
     PER_SLICE: tl.constexpr, ACTIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
-    g = tl.load(gradient + at, inside, other=0.0).to(tl.float32)
+    g = tl.load(gradient + at, inside, other=0.0).to(tl.float32) * scale
     m = tl.load(momentum + at, inside, other=0.0).to(tl.float32)
     rate = 1.0 - decay
     if ACTIVE:
@@ -49,12 +49,15 @@ def _move_kernel(
 
 @triton.jit
 def _adamw_kernel(
-    value, param, gradient, exp_avg, exp_avg_sq, numel, beta1, beta2, eps, kept, rate, root,
-    COPY: tl.constexpr, BLOCK: tl.constexpr,
+    value, param, gradient, exp_avg, exp_avg_sq, active, numel, scale,
+    beta1, beta2, eps, kept, rate, root,
+    ACTIVE: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
-    g = tl.load(gradient + at, inside, other=0.0).to(tl.float32)
+    if ACTIVE:
+        inside = inside & (tl.load(active + at, inside, other=0) != 0)
+    g = tl.load(gradient + at, inside, other=0.0).to(tl.float32) * scale
     m = tl.load(exp_avg + at, inside, other=0.0)
     s = tl.load(exp_avg_sq + at, inside, other=0.0)
     m += (1.0 - beta1) * (g - m)
@@ -75,6 +78,29 @@ def _row_squares_kernel(matrices, out, num_rows, COLS: tl.constexpr, ROWS: tl.co
     x = tl.load(matrices + row[:, None] * COLS + col[None, :], inside[:, None], other=0.0)
     x = x.to(tl.float32)
     tl.store(out + row, tl.sum(x * x, 1), inside)
+
+
+@triton.jit
+def _factors_kernel(
+    squares, second_moment, active, out, rate, cols, scale, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACTIVE: tl.constexpr,
+):  # fmt: skip
+    """One matrix: v after this step, and what multiplies each row of the update."""
+    row = tl.arange(0, BLOCK)
+    inside = row < ROWS
+    at = tl.program_id(0).to(tl.int64) * ROWS + row
+    moves = 1.0
+    if ACTIVE:
+        moves = tl.load(active + tl.program_id(0))
+    total = tl.load(squares + at, inside, other=0.0)
+    v = tl.load(second_moment + at, inside, other=1.0)
+    v += rate * moves * (total / cols - v)
+    tl.store(second_moment + at, v, inside)
+    inverse = 1.0 / tl.sqrt(v + eps)
+    norm = tl.sqrt(tl.sum(total, 0))
+    new_norm = tl.sqrt(tl.sum(total * inverse * inverse, 0))
+    factor = inverse * (moves * scale * norm / tl.maximum(new_norm, eps))
+    tl.store(out + at, factor, inside)
 
 
 @triton.jit
@@ -102,15 +128,18 @@ def look_ahead(
     active: Float[Tensor, "stack 1 1"] | None,
     *,
     decay: float,
+    scale: float = 1.0,
 ) -> Float[Tensor, "stack rows cols"]:
-    """Nesterov's direction in bf16; the momentum moves in place, where its slice is active.
+    """Nesterov's direction in bf16 of scale times the gradient; the momentum moves in place.
+
+    Momenta of slices that are not active stay as they are.
 
     References:
         own; the first lines of `optim.normuon.normuon_update` are the reference.
     """
     out = torch.empty_like(gradient, dtype=torch.bfloat16)
     _momentum_kernel[_grid(gradient)](
-        gradient, momentum, active, out, gradient.numel(), decay,
+        gradient, momentum, active, out, gradient.numel(), decay, scale,
         PER_SLICE=gradient[0].numel(), ACTIVE=active is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return out
@@ -143,14 +172,17 @@ def adamw_(
     value: Float[Tensor, "*shape"],
     param: Float[Tensor, "*shape"] | None,
     gradient: Float[Tensor, "*shape"],
-    exp_avg: Float[Tensor, "*shape"],
-    exp_avg_sq: Float[Tensor, "*shape"],
+    moments: tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]],
+    active: Bool[Tensor, "*shape"] | None = None,
     *,
     betas_and_eps: tuple[float, float, float],
     lr_and_decay: tuple[float, float],
     step: int,
+    gradient_scale: float = 1.0,
 ) -> None:
     """Value and both moments after one step of AdamW, in place, and the rounded copy in `param`.
+
+    Where `active` is false, nothing changes.
 
     References:
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019),
@@ -159,9 +191,10 @@ def adamw_(
     beta1, beta2, eps = betas_and_eps
     lr, decay = lr_and_decay
     _adamw_kernel[_grid(value)](
-        value, param, gradient, exp_avg, exp_avg_sq, value.numel(), beta1, beta2, eps,
+        value, param, gradient, *moments, None if active is None else active.view(torch.uint8),
+        value.numel(), gradient_scale, beta1, beta2, eps,
         1 - lr * decay, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5,
-        COPY=param is not None, BLOCK=BLOCK, num_warps=8,
+        ACTIVE=active is not None, COPY=param is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
 
 
@@ -179,6 +212,39 @@ def row_squares(
     _row_squares_kernel[(triton.cdiv(stack * rows, block),)](
         matrices, out, stack * rows, COLS=cols, ROWS=block
     )
+    return out
+
+
+def row_factors_(
+    squares: Float[Tensor, "stack rows 1"],
+    second_moment: Float[Tensor, "stack rows 1"],
+    active: Float[Tensor, "stack 1 1"] | None,
+    *,
+    cols: int,
+    rate: float,
+    scale: float,
+    eps: float,
+) -> Float[Tensor, "stack rows 1"]:
+    """What multiplies each row of the orthogonalised update; v moves in place.
+
+    Args:
+        squares: Sum of squares of each row of the update.
+        second_moment: v.
+        active: 0 for slices whose v stays and whose factor is 0.
+        cols: Numbers in a row.
+        rate: 1 - beta2.
+        scale: Multiplies all factors.
+        eps: Added to v, and the smallest norm divided by.
+
+    References:
+        own; `optim.normuon.normuon_update` is the reference.
+    """
+    stack, rows, _ = squares.shape
+    out = torch.empty_like(squares)
+    _factors_kernel[(stack,)](
+        squares, second_moment, active, out, rate, cols, scale, eps,
+        ROWS=rows, BLOCK=triton.next_power_of_2(rows), ACTIVE=active is not None,
+    )  # fmt: skip
     return out
 
 

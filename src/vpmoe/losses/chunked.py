@@ -55,6 +55,11 @@ class RowFunction(Protocol):
         ...
 
 
+def _is_sum_of(total: Tensor | None, grad: Tensor) -> bool:
+    """Whether a GPU's `main_grad` takes the gradient as it is, without rounding."""
+    return total is not None and total.is_cuda and total.dtype == grad.dtype
+
+
 class _WithGradients(torch.autograd.Function):
     """A scalar whose gradients are known already; the backward scales them."""
 
@@ -69,6 +74,7 @@ class _WithGradients(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden_grad, head_grad)
         ctx.head_dtype = head_weight.dtype
+        ctx.head_total = getattr(head_weight, "main_grad", None)
         return total.clone()
 
     @staticmethod
@@ -80,7 +86,10 @@ class _WithGradients(torch.autograd.Function):
         scale = grad_outputs[0]
         if hidden_grad is not None:
             hidden_grad = hidden_grad * scale.to(hidden_grad.dtype)
-        if head_grad is not None:
+        if head_grad is not None and _is_sum_of(ctx.head_total, head_grad):
+            ctx.head_total.addcmul_(head_grad, scale.to(head_grad.dtype))
+            head_grad = None
+        elif head_grad is not None:
             rounded = torch.empty_like(head_grad, dtype=ctx.head_dtype)
             head_grad = torch.mul(head_grad, scale.to(head_grad.dtype), out=rounded)
         return None, hidden_grad, head_grad, None, None

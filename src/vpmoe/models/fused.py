@@ -22,6 +22,19 @@ MAX_EXPERTS = 256  # one program holds all scores of a token
 REGIONS = 64  # kinds of layers, shapes and modes that may be compiled before a run stops
 
 
+def embed_fused(
+    tokens: Int[Tensor, "*batch"], weight: Float[Tensor, "vocab dim"]
+) -> Float[Tensor, "*batch dim"]:
+    """Rows of the embedding.
+
+    References:
+        own; see `kernels.embedding.embed`.
+    """
+    from vpmoe.kernels.embedding import embed
+
+    return embed(tokens, weight)
+
+
 def scope_fused(scope: AttentionScope) -> AttentionScope | attention.PackedScope:
     """The ranges of a packed batch; a cached conversation's scope as it is.
 
@@ -178,6 +191,7 @@ FUSED = Kernels(
     attend=attend_fused,
     moe=moe_fused,
     route=route_fused,
+    embed=embed_fused,
     scope=scope_fused,
     region=compiled_region,
     require=require_fused,

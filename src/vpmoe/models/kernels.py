@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vpmoe.errors import ConfigError
@@ -23,6 +24,7 @@ class Kernels:
         attend: Same arguments and result as `attend_reference`, but for the scope.
         moe: Same arguments and result as `moe_reference`.
         route: Same arguments and result as `route_reference`.
+        embed: Rows of an embedding, as `torch.nn.functional.embedding`.
         scope: What `attend` wants to know of an `AttentionScope`, made once per batch.
         region: Wraps what lies between the others, a layer's dense part.
         require: Refuses students, devices and dtypes that it does not compute.
@@ -31,6 +33,7 @@ class Kernels:
     attend: Callable[..., Tensor]
     moe: Callable[..., Tensor]
     route: Callable[..., Any]
+    embed: Callable[[Tensor, Tensor], Tensor]
     scope: Callable[[AttentionScope], Any]
     region: Callable[[Callable[..., Any]], Callable[..., Any]]
     require: Callable[..., None]
@@ -48,6 +51,7 @@ REFERENCE = Kernels(
     attend=attend_reference,
     moe=moe_reference,
     route=route_reference,
+    embed=F.embedding,
     scope=_same,
     region=_same,
     require=_anything,

@@ -99,14 +99,22 @@ class Segments:
     num_documents: int
 
 
-def segments_of(document_ids: Int[Tensor, "batch seq"]) -> Segments:
+def segments_of(
+    document_ids: Int[Tensor, "batch seq"], *, num_documents: int | None = None
+) -> Segments:
     """Documents counted through the rows of a batch, padding set apart.
+
+    Args:
+        document_ids: Document of each token in its row; negative for padding.
+        num_documents: How many there are, or more: the rest are empty. Counted unless given, which
+            waits for the device.
 
     References:
         own.
     """
     per_row = (document_ids.amax(dim=1) + 1).clamp_min(0)  # (B,)
-    num_documents = int(per_row.sum())
+    if num_documents is None:
+        num_documents = int(per_row.sum())
     before = per_row.cumsum(0) - per_row
     is_real = document_ids >= 0
     ids = torch.where(is_real, document_ids + before[:, None], num_documents).flatten()

@@ -223,6 +223,7 @@ class Student(nn.Module):
         document_ids: Int[Tensor, "batch seq"],
         cache: KeyValueCache | None = None,
         keep_layers: Sequence[int] = (),
+        num_documents: int | None = None,
     ) -> StudentOutput:
         """Final states of every token.
 
@@ -233,12 +234,16 @@ class Student(nn.Module):
             cache: Where keys and values are kept for the next call; its first call takes prompts
                 padded at the end, later ones a single token each. Statistics are left out.
             keep_layers: Numbers of layers, from 1, whose states come back as well.
+            num_documents: Documents in the batch or more, where that is known: it is not read back
+                from the device then.
         """
         if cache is not None:
             cache.begin(document_ids)
         views = self._views(positions, document_ids, cache)
-        segments = segments_of(document_ids) if cache is None and self.config.moe else None
-        hidden = F.embedding(self.rows_of(tokens), self.embedding.weight)  # (B, T, D)
+        segments = None
+        if cache is None and self.config.moe:
+            segments = segments_of(document_ids, num_documents=num_documents)
+        hidden = self.kernels.embed(self.rows_of(tokens), self.embedding.weight)  # (B, T, D)
         balance = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         first_values, tallies, states = None, [], {}
         for number, layer in enumerate(self.layers, start=1):
@@ -246,7 +251,9 @@ class Student(nn.Module):
             layer_cache = None if cache is None else cache.layers[number - 1]
             arguments = (hidden, first_values, view, segments, self.shared_weight, layer_cache)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden, values, statistics = checkpoint(layer, *arguments, use_reentrant=False)
+                hidden, values, statistics = checkpoint(
+                    layer, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 hidden, values, statistics = layer(*arguments)
             if first_values is None and self.config.value_residual:

@@ -4,15 +4,33 @@
 # PyTorch's list kernels have no public name; its own optimizers call them by this one.
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vpmoe.optim.config import AdamKeys
-from vpmoe.optim.gradients import gradient_of
 from vpmoe.optim.weights import ActiveSlices, Weight, state_dtype
 
-LARGE = 2**20  # numbers from which a parameter is worth a launch of its own
+
+@dataclass(frozen=True)
+class AdamStep:
+    """What one step is taken with.
+
+    Attributes:
+        config: Betas and eps.
+        lr: Learning rate.
+        decay: Weight decay, which it multiplies.
+        step: Counted from 1.
+        gradient_scale: What multiplies every gradient.
+    """
+
+    config: AdamKeys
+    lr: float
+    decay: float
+    step: int
+    gradient_scale: float = 1.0
 
 
 def adamw_update(
@@ -20,10 +38,7 @@ def adamw_update(
     gradients: list[Tensor],
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],
-    *,
-    config: AdamKeys,
-    lr_and_decay: tuple[float, float],
-    step: int,
+    rule: AdamStep,
 ) -> None:
     """Move the values in place by one bias-corrected step with decoupled weight decay.
 
@@ -32,54 +47,22 @@ def adamw_update(
         gradients: Of each weight.
         exp_avg: First moments, changed in place.
         exp_avg_sq: Second moments, changed in place.
-        config: Betas and eps.
-        lr_and_decay: Learning rate, and the decay that it multiplies.
-        step: Counted from 1.
+        rule: Rates and betas; gradients are scaled already.
 
     References:
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019),
         arXiv:1711.05101.
     """
-    lr, decay = lr_and_decay
-    beta1, beta2 = config.adam_betas
+    lr, step = rule.lr, rule.step
+    beta1, beta2 = rule.config.adam_betas
     torch._foreach_lerp_(exp_avg, gradients, 1 - beta1)
     torch._foreach_mul_(exp_avg_sq, beta2)
     torch._foreach_addcmul_(exp_avg_sq, gradients, gradients, 1 - beta2)
     roots = torch._foreach_sqrt(exp_avg_sq)
     torch._foreach_div_(roots, (1 - beta2**step) ** 0.5)
-    torch._foreach_add_(roots, config.adam_eps)
-    torch._foreach_mul_(values, 1 - lr * decay)
+    torch._foreach_add_(roots, rule.config.adam_eps)
+    torch._foreach_mul_(values, 1 - lr * rule.decay)
     torch._foreach_addcdiv_(values, exp_avg, roots, -lr / (1 - beta1**step))
-
-
-def _is_worth_a_kernel(weight: Weight, active_slices: ActiveSlices) -> bool:
-    large = weight.param.is_cuda and weight.param.numel() >= LARGE
-    return large and weight.name not in active_slices and weight.value.dtype == torch.float32
-
-
-def _move_on_gpu(
-    weight: Weight,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    config: AdamKeys,
-    lr_and_decay: tuple[float, float],
-    step: int,
-) -> None:
-    """One pass over a large parameter: `adamw_update` in one kernel."""
-    # Triton, which comes with CUDA builds of PyTorch only, is imported from here on.
-    from vpmoe.kernels.updates import adamw_
-
-    adamw_(
-        weight.value,
-        None if weight.master is None else weight.param.detach(),
-        gradient_of(weight.name, weight.param).contiguous(),
-        exp_avg,
-        exp_avg_sq,
-        betas_and_eps=(*config.adam_betas, config.adam_eps),
-        lr_and_decay=lr_and_decay,
-        step=step,
-    )
 
 
 class AdamWList:
@@ -98,36 +81,55 @@ class AdamWList:
         zeros = [torch.zeros_like(w.param, dtype=state_dtype(w.param)) for w in weights]
         self.exp_avg = zeros
         self.exp_avg_sq = [z.clone() for z in zeros]
+        self._parts, self._in_parts = self._gpu_parts()
+
+    def _gpu_parts(self) -> tuple[list[Any], frozenset[str]]:
+        """Whatever a GPU moves in few passes; the rest goes through `adamw_update`."""
+        if not all(w.param.is_cuda and w.value.dtype == torch.float32 for w in self.weights):
+            return [], frozenset()
+        # Triton, which comes with CUDA builds of PyTorch only, is imported from here on.
+        from vpmoe.optim.adamw_gpu import LARGE, LargeWeight, SmallWeights
+
+        is_small = [w.master is not None and w.param.numel() < LARGE for w in self.weights]
+        small = [w for w, flag in zip(self.weights, is_small, strict=True) if flag]
+        names = [w.name for w in small]
+        parts: list[Any] = []
+        if small:
+            together = SmallWeights(small)
+            moments = [iter(together.views(moment)) for moment in together.moments]
+            for own, views in zip((self.exp_avg, self.exp_avg_sq), moments, strict=True):
+                own[:] = [next(views) if f else o for o, f in zip(own, is_small, strict=True)]
+            parts.append(together)
+        for member in zip(self.weights, self.exp_avg, self.exp_avg_sq, strict=True):
+            if member[0].param.numel() >= LARGE:
+                parts.append(LargeWeight(*member))
+                names.append(member[0].name)
+        return parts, frozenset(names)
 
     @torch.no_grad()
-    def step(self, lr: float, active_slices: ActiveSlices, *, step: int) -> None:
+    def step(
+        self, lr: float, active_slices: ActiveSlices, *, step: int, gradient_scale: float = 1.0
+    ) -> None:
         """Move every parameter by one update; slices without tokens keep value and moments."""
-        members = list(zip(self.weights, self.exp_avg, self.exp_avg_sq, strict=True))
-        alone = [m for m in members if _is_worth_a_kernel(m[0], active_slices)]
-        members = [m for m in members if not _is_worth_a_kernel(m[0], active_slices)]
-        for weight, first, second in alone:
-            _move_on_gpu(
-                weight, first, second, config=self.config, lr_and_decay=(lr, self.decay), step=step
-            )
-        if not members:
+        rule = AdamStep(self.config, lr, self.decay, step, gradient_scale)
+        for part in self._parts:
+            part.step(rule, active_slices)
+        members = zip(self.weights, self.exp_avg, self.exp_avg_sq, strict=True)
+        rest = [member for member in members if member[0].name not in self._in_parts]
+        if not rest:
             return
-        weights, exp_avg, exp_avg_sq = (list(column) for column in zip(*members, strict=True))
+        weights, exp_avg, exp_avg_sq = (list(column) for column in zip(*rest, strict=True))
         values = [weight.value for weight in weights]
+        gradients = [weight.gradient for weight in weights]
+        if gradient_scale != 1:
+            gradients = [gradient * gradient_scale for gradient in gradients]
         resting = [
             (tensor, tensor.clone(), active_slices[weight.name].to(tensor.device))
             for weight, *tensors in zip(weights, values, exp_avg, exp_avg_sq, strict=True)
             if weight.name in active_slices
             for tensor in tensors
         ]
-        adamw_update(
-            values,
-            [weight.gradient for weight in weights],
-            exp_avg,
-            exp_avg_sq,
-            config=self.config,
-            lr_and_decay=(lr, self.decay),
-            step=step,
-        )
+        adamw_update(values, gradients, exp_avg, exp_avg_sq, rule)
         for tensor, before, mask in resting:
             tensor.copy_(torch.where(mask.view(-1, *[1] * (tensor.ndim - 1)), tensor, before))
         for weight in weights:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -107,18 +108,28 @@ class MatrixBucket:
         stored = wide if config.momentum_dtype == "float32" else torch.bfloat16
         self.momentum = torch.zeros(stack, rows, cols, dtype=stored, device=first.device)
         self.second_moment = torch.zeros(stack, *kept, dtype=wide, device=first.device)
+        self._parts = self._gpu_parts()
+
+    def _gpu_parts(self) -> list[Any]:
+        """What a GPU moves at a time; empty where `normuon_update` does it."""
+        if not (self.momentum.is_cuda and self.second_moment.dtype == torch.float32):
+            return []
+        # Triton, which comes with CUDA builds of PyTorch only, is imported from here on.
+        from vpmoe.optim.normuon_gpu import parts_of
+
+        return parts_of(self)
 
     @torch.no_grad()
-    def step(self, lr: float, active_slices: ActiveSlices) -> None:
-        """Move every matrix by one update."""
-        if self.momentum.is_cuda and self.second_moment.dtype == torch.float32:
-            # Triton, which comes with CUDA builds of PyTorch only, is imported from here on.
-            from vpmoe.optim.normuon_gpu import step_bucket
-
-            step_bucket(self, lr, active_slices)
+    def step(self, lr: float, active_slices: ActiveSlices, *, gradient_scale: float = 1.0) -> None:
+        """Move every matrix by one update, given what multiplies its gradient."""
+        for part in self._parts:
+            part.step(lr, active_slices, gradient_scale=gradient_scale)
+        if self._parts:
             return
         rows, cols = self.momentum.shape[1:]
         gradients = torch.cat([weight.gradient.reshape(-1, rows, cols) for weight in self.weights])
+        if gradient_scale != 1:
+            gradients *= gradient_scale
         active = active_of(self.weights, active_slices, self.slices)
         update = normuon_update(
             gradients, self.momentum, self.second_moment, active, config=self.config

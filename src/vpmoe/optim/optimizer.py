@@ -47,7 +47,13 @@ class NorMuonAdamW:
         ]
 
     @torch.no_grad()
-    def step(self, lr_factor: float, active_slices: ActiveSlices | None = None) -> None:
+    def step(
+        self,
+        lr_factor: float,
+        active_slices: ActiveSlices | None = None,
+        *,
+        gradient_scale: float = 1.0,
+    ) -> None:
         """Move every parameter once.
 
         Args:
@@ -55,13 +61,16 @@ class NorMuonAdamW:
             active_slices: For stacks of experts, by name: which experts saw a token in this step.
                 The others rest: no update, no decay, no change of state. Names that this optimizer
                 does not own are passed over.
+            gradient_scale: What multiplies every gradient on its way in: clipping costs no pass.
         """
         self.num_steps += 1
         active = active_slices or {}
         for bucket in self._buckets:
-            bucket.step(lr_factor * self.config.lr_of("matrix"), active)
+            lr = lr_factor * self.config.lr_of("matrix")
+            bucket.step(lr, active, gradient_scale=gradient_scale)
         for role, members in self._lists:
-            members.step(lr_factor * self.config.lr_of(role), active, step=self.num_steps)
+            lr = lr_factor * self.config.lr_of(role)
+            members.step(lr, active, step=self.num_steps, gradient_scale=gradient_scale)
 
     def state(self) -> StateByName:
         """Live tensors by parameter name, for checkpoints.

@@ -92,6 +92,9 @@ class TrainConfig(Config):
     """Recompute layers in the backward pass instead of keeping their states: slower, smaller."""
     kernels: Literal["reference", "fused"] = "reference"
     """Implementation of the student's hot paths; fused ones need an NVIDIA GPU and bfloat16."""
+    cuda_graph: bool = False
+    """Replay the student's forward and backward passes as CUDA graphs: no gaps between kernels, and
+    their memory is held; for fused kernels only."""
     batch: BatchConfig
     budget: BudgetConfig
     optimizer: OptimizerConfig = NorMuonConfig()  # pyright: ignore[reportCallIssue]
@@ -118,6 +121,15 @@ class TrainConfig(Config):
         if not self.run:
             raise RunError("run is not set", hint="say where: run = FOLDER, or --run NAME")
         return Path(self.run)
+
+    @model_validator(mode="after")
+    def _graphs_need_fused_kernels(self) -> Self:
+        if self.cuda_graph and (self.device != "cuda" or self.kernels != "fused"):
+            raise ValueError(
+                f'cuda_graph = true needs device = "cuda" and kernels = "fused", found '
+                f'"{self.device}" and "{self.kernels}": others read numbers back on their way'
+            )
+        return self
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:

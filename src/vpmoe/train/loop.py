@@ -1,6 +1,7 @@
 """The training loop, for every stage."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -8,6 +9,7 @@ from vpmoe.models.count import count
 from vpmoe.models.student import Student
 from vpmoe.train.config import TrainConfig
 from vpmoe.train.device import World
+from vpmoe.train.graph import graph_stream
 from vpmoe.train.hooks import Hook, Observer, Position, is_due, run_hooks
 from vpmoe.train.metrics import Stopwatch
 from vpmoe.train.parallel import Replica
@@ -46,8 +48,12 @@ def train(
     student.activation_checkpointing = config.activation_checkpointing
     torch.manual_seed(config.seed + world.rank)
     run, checkpoint = open_run(run_dir, config, resume=resume, world=world)
-    with Record(run, config, world=world, observers=readers, flops_per_token=flops) as record:
-        replica = Replica(student, config.optimizer, world)
+    stream = graph_stream(world.device) if config.cuda_graph else nullcontext()
+    with (
+        Record(run, config, world=world, observers=readers, flops_per_token=flops) as record,
+        stream,
+    ):
+        replica = Replica(student, config.optimizer, world, cuda_graph=config.cuda_graph)
         position = restore(checkpoint, replica, plan) if checkpoint else Position()
         record.start(position, plan.num_steps)
         while position.step < plan.num_steps:

@@ -12,12 +12,15 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from vpmoe.batch import Batch
 from vpmoe.errors import RunError
 from vpmoe.models.router import Router, router_health
-from vpmoe.models.student import Student
+from vpmoe.models.student import Student, StudentOutput
 from vpmoe.optim import NorMuonAdamW, OptimizerConfig, grad_norms, role_of
 from vpmoe.storage.megatron_cpu import megatron_device
+from vpmoe.train.accumulate import SmallGradients
 from vpmoe.train.device import World
+from vpmoe.train.graph import GraphedStudent, forward
 from vpmoe.train.metrics import router_metrics
 from vpmoe.train.reduce import all_sums
 
@@ -35,9 +38,17 @@ class Replica:
         student: On the world's device; parameters without `requires_grad` are left alone.
         config: The optimizer's settings.
         world: The ranks that share the work.
+        cuda_graph: Replay forward and backward passes; the replica lives inside a `graph_stream`.
     """
 
-    def __init__(self, student: Student, config: OptimizerConfig, world: World) -> None:
+    def __init__(
+        self,
+        student: Student,
+        config: OptimizerConfig,
+        world: World,
+        *,
+        cuda_graph: bool = False,
+    ) -> None:
         self.student = student
         self.world = world
         self.parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
@@ -48,8 +59,31 @@ class Replica:
         self.optimizer = NorMuonAdamW(mine, config)
         self._ddp = _data_parallel(student, world.device)
         self._ddp.broadcast_params()
+        self._small = SmallGradients(self.parameters.values())
+        self._graphed = GraphedStudent(student, self._small.add) if cuda_graph else None
         self._routers = _routers_by_path(student)
         self._stacks = {path: self._stacks_of(path) for path in self._routers}
+
+    def forward(
+        self, batch: Batch, num_documents: int, *, layers: Sequence[int] = ()
+    ) -> StudentOutput:
+        """The student's output for a batch on its device, with grad.
+
+        Raises:
+            RunError: If states of layers are asked for where passes are replayed.
+        """
+        if self._graphed is None:
+            return forward(self.student, batch, num_documents, layers=layers)
+        if layers:
+            raise RunError(
+                f"cuda_graph = true with a loss on the states of layers {tuple(layers)}",
+                hint="set cuda_graph = false",
+            )
+        return self._graphed(batch, num_documents)
+
+    def after_backward(self) -> None:
+        """To be called after each backward pass: gradients that were kept back are added."""
+        self._small.add()
 
     def last_backward(self, is_last: bool) -> AbstractContextManager[None]:
         """Inside, gradients pile up; ranks exchange them only after the last micro-batch."""
@@ -69,37 +103,48 @@ class Replica:
         values = torch.stack([norm.double() for norm in norms.values()]).tolist()
         return dict(zip(norms, values, strict=True))
 
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply every gradient."""
-        self._ddp.scale_gradients(factor)
-
     def sum_expert_counts(self) -> dict[str, Float[Tensor, " experts"]]:
         """Tokens sent to each expert in this step over all ranks, by router."""
         return all_sums({p: router.local_tokens_per_expert for p, router in self._routers.items()})
 
-    def update(self, lr_factor: float, expert_counts: Mapping[str, Tensor]) -> None:
+    def update(
+        self,
+        lr_factor: float,
+        expert_counts: Mapping[str, Tensor],
+        *,
+        gradient_scale: float = 1.0,
+    ) -> None:
         """One optimizer step: update what is owned here, then hand the parameters around.
 
         Args:
             lr_factor: The schedule's factor.
             expert_counts: Tokens of the whole global batch, by router; experts without any rest.
+            gradient_scale: What multiplies the gradients.
         """
-        active = {
-            name: expert_counts[path] > 0 for path, names in self._stacks.items() for name in names
-        }
-        self.optimizer.step(lr_factor, active_slices=active)
+        used = {path: expert_counts[path] > 0 for path in self._stacks}
+        active = {name: used[path] for path, names in self._stacks.items() for name in names}
+        self.optimizer.step(lr_factor, active_slices=active, gradient_scale=gradient_scale)
         if self.world.size > 1:
             self._send_parameters()
 
     def balance_experts(self, expert_counts: Mapping[str, Tensor]) -> dict[str, float | int]:
         """Move each router's bias against its load and start to count anew; what to log."""
-        health = {}
+        health = self._health(expert_counts)
         for path, router in self._routers.items():
-            counts = expert_counts[path].to(router.expert_bias.dtype)
-            health[path] = router_health(counts, router.expert_bias)
-            router.update_expert_bias(counts)
+            router.update_expert_bias(expert_counts[path].to(router.expert_bias.dtype))
             router.local_tokens_per_expert.zero_()
         return router_metrics(health)
+
+    def _health(self, expert_counts: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+        """Health of each router; all of them are read back at once."""
+        if not self._routers:
+            return {}
+        counts = torch.stack([expert_counts[path] for path in self._routers]).cpu()
+        biases = torch.stack([router.expert_bias for router in self._routers.values()]).cpu()
+        return {
+            path: router_health(loads.to(bias.dtype), bias)
+            for path, loads, bias in zip(self._routers, counts, biases, strict=True)
+        }
 
     def _stacks_of(self, router_path: str) -> list[str]:
         """Parameters with one slice per expert of the router's layer."""

@@ -13,7 +13,7 @@ from vpmoe.errors import RunError
 from vpmoe.losses.base import Loss, LossInputs, span_scales
 from vpmoe.losses.load_balance import load_balance_loss
 from vpmoe.losses.tails import stored_tail
-from vpmoe.models.student import Student
+from vpmoe.models.student import Student, StudentOutput
 from vpmoe.spans import TRAINED_SPANS, Span
 from vpmoe.train.config import SpanWeightsConfig, TrainConfig
 from vpmoe.train.metrics import Stopwatch, loss_metrics
@@ -94,14 +94,19 @@ def sum_gradients(
     replica.zero_gradients()
     parts = []
     for index, batch in enumerate(batches):
+        documents_here = batch.num_documents
         batch = loss.prepare(batch.to(device))
         with replica.last_backward(index == len(batches) - 1):
-            inputs, load_balance_sum = run_student(replica.student, batch, layers=loss.layers)
+            student_output = replica.forward(batch, documents_here, layers=loss.layers)
+            inputs = loss_inputs(replica.student, batch, student_output)
             output = loss(inputs, scales)
             balance = load_balance_loss(
-                load_balance_sum, coefficient=coefficient, num_documents=num_documents
+                student_output.load_balance_sum,
+                coefficient=coefficient,
+                num_documents=num_documents,
             )
             (output.total + balance).backward()
+            replica.after_backward()
         parts.append(output.sums | {LOAD_BALANCE: balance.detach().double()})
     replica.finish_gradients()
     own = {f"{OWN}{name}": value for name, value in loss.own_gradients().items()}
@@ -112,26 +117,19 @@ def sum_gradients(
     return StepSums(sums, balance, scales, int(counts["tokens"]), int(counts["slots"]), own)
 
 
-def run_student(
-    student: Student, batch: Batch, *, layers: tuple[int, ...] = ()
-) -> tuple[LossInputs, Float[Tensor, ""]]:
-    """A forward pass as a loss reads it, one row per label, and the routers' auxiliary sum."""
-    output = student(
-        batch.tokens,
-        positions=batch.positions,
-        document_ids=batch.document_ids,
-        keep_layers=layers,
-    )
+def loss_inputs(student: Student, batch: Batch, output: StudentOutput) -> LossInputs:
+    """A forward pass as a loss reads it, one row per label."""
     # Ignored labels may lie outside a vocabulary subset; any id that is inside will do for them.
     is_trained = batch.span_ids != Span.IGNORE
     labels = student.rows_of(torch.where(is_trained, batch.labels, batch.tokens))
-    inputs = LossInputs(
+    states = torch.stack(output.states, dim=2).flatten(0, 1) if output.states else None
+    return LossInputs(
         hidden=output.hidden.flatten(0, 1),
         head_weight=student.head_weight,
         labels=labels.flatten(),
         span_ids=batch.span_ids.flatten(),
         content_mask=batch.content_mask.flatten(),
-        student_states=torch.stack(output.states, dim=2).flatten(0, 1) if layers else None,
+        student_states=states,
         **{
             name: None if value is None else value.flatten(0, 1)
             for name in PER_LABEL
@@ -139,7 +137,6 @@ def run_student(
         },
         **_targets(student, batch),
     )
-    return inputs, output.load_balance_sum
 
 
 def _targets(student: Student, batch: Batch) -> dict[str, Tensor]:
@@ -181,11 +178,12 @@ def apply_gradients(
     norms = replica.gradient_norms()
     total = math.hypot(*norms.values())
     _refuse_non_finite({"gradient norm": total})
+    scale = 1.0
     if config.clip_grad_norm and total > config.clip_grad_norm:
-        replica.scale_gradients(config.clip_grad_norm / total)
+        scale = config.clip_grad_norm / total
     lr_factor = config.schedule.factor(step, num_steps=num_steps)
     expert_counts = replica.sum_expert_counts()
-    replica.update(lr_factor, expert_counts)
+    replica.update(lr_factor, expert_counts, gradient_scale=scale)
     router = replica.balance_experts(expert_counts)
     return router | {
         "lr": lr_factor * config.optimizer.lr,

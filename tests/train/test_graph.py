@@ -1,0 +1,110 @@
+"""Replayed passes: refused where they cannot run, and on a GPU equal to launched ones."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.train.toy import ToyPlan, random_batch, student_config, train_config
+from vpmoe.errors import RunError
+from vpmoe.models.config import StudentConfig
+from vpmoe.models.student import build_student
+from vpmoe.optim import NorMuonConfig
+from vpmoe.train.accumulate import SmallGradients
+from vpmoe.train.device import world
+from vpmoe.train.graph import GraphedStudent, graph_stream
+from vpmoe.train.parallel import Replica
+from vpmoe.train.step import apply_gradients, sum_gradients
+
+FUSED = {"device": "cuda", "dtype": "bfloat16", "kernels": "fused"}
+STUDENT = {
+    "num_layers": 5,
+    "hidden_size": 128,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "dense_hidden": 128,
+    "local_attention": {"kind": "tpa", "window_size": 64},
+    "moe": {
+        "num_experts": 32,
+        "num_experts_per_token": 4,
+        "expert_hidden": 64,
+        "shared_expert_hidden": 128,
+    },
+}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("changes", [{"device": "cuda"}, {**FUSED, "kernels": "reference"}, {}])
+def test_graphs_without_fused_kernels_are_refused(tmp_path, changes):
+    with pytest.raises(ValueError, match=re.escape('needs device = "cuda" and kernels = "fused"')):
+        train_config(tmp_path / "run", cuda_graph=True, **changes)
+    assert train_config(tmp_path / "run", cuda_graph=True, **FUSED).cuda_graph
+
+
+def test_graphs_of_a_vocabulary_subset_are_refused():
+    with pytest.raises(RunError, match="cuda_graph = true with a vocabulary subset"):
+        GraphedStudent(build_student(student_config(), seed=0), lambda: None)
+
+
+def test_small_gradients_leave_other_parameters_alone():
+    """Without a float32 sum on a GPU autograd keeps what it found."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.main_grad = torch.zeros(3)
+    small = SmallGradients([parameter])
+    (2 * parameter).sum().backward()
+    small.add()
+    assert parameter.grad is not None and parameter.grad.tolist() == [2, 2, 2]
+    assert not parameter.main_grad.any()
+
+
+def steps(config, *, graphed, sums=None):
+    """Metrics of a few steps; `sums` takes the first step's gradients."""
+    rows = []
+    with world("cuda") as ranks, graph_stream(ranks.device):
+        student = build_student(
+            StudentConfig.model_validate(STUDENT),
+            seed=0,
+            device="cuda",
+            dtype=torch.bfloat16,
+            kernels="fused",
+        )
+        student.train()
+        replica = Replica(student, config.optimizer, ranks, cuda_graph=graphed)
+        _, loss = ToyPlan(config).micro_batches(0)
+        size = config.batch.micro_batch_size
+        for step in range(config.budget.steps):
+            whole = random_batch(step, range(9), seq_len=config.batch.seq_len)
+            whole = replace(whole, tokens=whole.tokens % 512, labels=whole.labels % 512)
+            batches = [whole.rows(i, min(i + size, 9)) for i in range(0, 9, size)]  # 2, 2, 2, 2, 1
+            summed = sum_gradients(replica, batches, loss, config)
+            if sums is not None and step == 0:
+                sums.update({n: p.main_grad.clone() for n, p in replica.parameters.items()})
+            row = summed.metrics() | apply_gradients(replica, config, step=step, num_steps=4)
+            rows.append(row)
+    return rows
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_replayed_steps_equal_launched_ones(tmp_path):
+    """The first step's gradients to rounding; later losses to what rounding grows into."""
+    config = train_config(
+        tmp_path / "run",
+        **FUSED,
+        batch={"global_batch_size": 9, "micro_batch_size": 2, "seq_len": 128},
+        budget={"steps": 4},
+        optimizer=NorMuonConfig(lr=0.005),
+    )
+    launched, replayed = {}, {}
+    rows = steps(config, graphed=False, sums=launched), steps(config, graphed=True, sums=replayed)
+    for name, expected in launched.items():
+        difference = (replayed[name] - expected).norm() / expected.norm().clamp_min(1e-12)
+        assert difference < 1e-3, (name, float(difference))
+    for one, other in zip(*rows, strict=True):
+        assert one["train/tokens"] == other["train/tokens"]
+        for name in ("train/loss/reasoning", "train/loss/final", "grad_norm/all"):
+            assert other[name] == pytest.approx(one[name], rel=2e-2), name
+        assert other["router/dead_experts"] == pytest.approx(one["router/dead_experts"], abs=3)
