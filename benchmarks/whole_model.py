@@ -1,25 +1,36 @@
 """Training speed of the whole student on one GPU, beside the best peer in the same run.
 
-python -m benchmarks.whole_model                   the 80 layers, the optimizer, the peer
-python -m benchmarks.whole_model --layers 8        a quick look
+python -m benchmarks.whole_model --data data/tiny-real       the 80 layers and the peer
+python -m benchmarks.whole_model --data … --layers 8         a quick look
 
-Random weights and tokens, but real routing: experts are chosen by the router, nothing is balanced
-by hand. Rows of 2,048 tokens hold four documents of random lengths. The peer is transformers'
-Qwen3-MoE of equal size, every layer compiled, which attends over whole rows and knows no documents.
+Each part runs in a process of its own. The student goes through the trainer's own path (Megatron-
+Core's float32 sums of gradients, graphs, NorMuon) and is trained on real rows first, so that its
+routers have begun to balance; speeds count tokens of documents, not padding. The peer is
+transformers' Qwen3-MoE of equal size, every layer compiled, on random tokens: it attends over whole
+rows and knows no documents.
 """
 
 import argparse
 import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.common import (
+    REPOSITORY,
     RESULTS,
+    Times,
     config_of,
     launch_times,
-    loss_of,
     packed_batch,
     write_results,
 )
@@ -29,6 +40,8 @@ CHUNK_ROWS = 4096
 FLOP_PER_TOKEN = 3.79e9  # the 80-layer student's, forward and backward, attention at half
 GEMM_FLOPS = 796e12  # measured ceiling of a bf16 product on an H200
 STEP_TOKENS = 524_288
+Rows = Iterator[dict[str, Any]]
+WARM_STEPS = 24  # optimizer steps of 32,768 tokens before anything is timed
 
 
 def free() -> None:
@@ -38,112 +51,252 @@ def free() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def row_of(what: str, tokens: int, times: Any, **more: Any) -> dict[str, Any]:
+def row_of(what: str, tokens: int, times: Times, **more: Any) -> dict[str, Any]:
     """One line of the table."""
     summary = times.summary()
-    speed = tokens / summary["ms"] * 1e3
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    row = {"what": what, "tokens": tokens, **summary, "tokens_per_s": round(speed)}
-    row |= {"peak_gib": round(peak, 1), **more}
+    row = {"what": what, "tokens": tokens, **summary}
+    if tokens:
+        row["tokens_per_s"] = round(tokens / summary["ms"] * 1e3)
+    row |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1), **more}
     print(row, flush=True)
     return row
 
 
-def ours(layers: int, token_counts: list[int], repetitions: int) -> list[dict[str, Any]]:
-    """The student's forward and backward, and the whole optimizer step."""
-    from vpmoe.models.student import build_student
+@dataclass
+class Trainee:
+    """A student on the trainer's path, and what feeds it."""
 
-    config = config_of("vpmoe-6b", num_layers=layers)
-    student = build_student(config, seed=0, device="cuda", dtype=torch.bfloat16, kernels="fused")
-    rows = []
-    for tokens in token_counts:
-        batch = packed_batch(tokens // SEQ, SEQ, vocab=config.num_rows)
-        first = time.perf_counter()
-        step(student, batch)
+    student: Any
+    replica: Any
+    loader: Any
+    loss: Any
+    config: Any
+    row: int = 0
+
+    def micro_batches(self, tokens: int, count: int) -> list[Any]:
+        """The stream's next rows."""
+        rows = tokens // SEQ
+        batches = [self.loader.batch(self.row + i * rows, rows) for i in range(count)]
+        self.row += rows * count
+        return batches
+
+    def step(self, tokens: int, count: int) -> tuple[int, dict[str, float]]:
+        """One optimizer step; tokens of documents, and seconds of its parts."""
+        from vpmoe.train.step import apply_gradients, sum_gradients
+
+        marks = [time.perf_counter()]
+        batches = self.micro_batches(tokens, count)
+        marks.append(time.perf_counter())
+        summed = sum_gradients(self.replica, batches, self.loss, self.config)
         torch.cuda.synchronize()
-        first = time.perf_counter() - first
-        free()
-        times = launch_times(lambda b=batch: step(student, b), repetitions=repetitions)
-        mfu = FLOP_PER_TOKEN * tokens / times.summary()["ms"] * 1e3 / GEMM_FLOPS
-        mfu = {"mfu_pct": round(100 * mfu, 1)} if layers == 80 else {}
-        rows.append(
-            row_of("student, forward+backward", tokens, times, first_step_s=round(first, 1), **mfu)
-        )
-        busiest = max(float(r.local_tokens_per_expert.max()) for r in student.routers())
-        mean = float(student.routers()[0].local_tokens_per_expert.mean())
-        rows[-1]["busiest_expert_over_mean"] = round(busiest / mean, 2)
-        for router in student.routers():
-            router.local_tokens_per_expert.zero_()
-        student.zero_grad()
-        free()
-    rows.append(optimizer_row(student, packed_batch(8, SEQ, vocab=config.num_rows)))
-    return rows
+        marks.append(time.perf_counter())
+        self.loads = torch.stack([r.local_tokens_per_expert for r in self.student.routers()])
+        self.metrics = apply_gradients(self.replica, self.config, step=50, num_steps=1000)
+        torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        names = ("data", "forward_backward", "optimizer")
+        parts = {n: b - a for n, a, b in zip(names, marks, marks[1:], strict=False)}
+        self.metrics |= summed.metrics()
+        return summed.num_tokens, parts
+
+    def pass_over(self, batch: Any, *, graphed: bool) -> Callable[[], None]:
+        """Forward and backward of one micro-batch into the float32 sums."""
+        from vpmoe.train.graph import forward
+        from vpmoe.train.step import loss_inputs
+
+        documents, here = batch.num_documents, batch.to("cuda")
+        scales = torch.tensor([0.0, 1.0, 1.0], device="cuda") / batch.tokens.numel()
+
+        def run() -> None:
+            if graphed:
+                output = self.replica.forward(here, documents)
+            else:
+                output = forward(self.student, here, documents)
+            total = self.loss(loss_inputs(self.student, here, output), scales).total
+            (total + output.load_balance_sum * (1e-4 / documents)).backward()
+            self.replica.after_backward()
+
+        return run
+
+    def busiest(self) -> dict[str, float]:
+        """Load of a layer's busiest expert over the mean, in the last step."""
+        ratio = self.loads.amax(dim=1) / self.loads.mean(dim=1)
+        return {
+            "busiest_expert_over_mean": round(float(ratio.max()), 2),
+            "busiest_expert_over_mean_median_layer": round(float(ratio.median()), 2),
+        }
 
 
-def step(student: Any, batch: dict[str, torch.Tensor]) -> None:
-    """Forward and backward of one micro-batch into fresh gradients."""
-    for parameter in student.parameters():
-        parameter.grad = None
-    loss_of(student, batch, chunk_rows=CHUNK_ROWS).backward()
-
-
-def optimizer_row(student: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """One step of NorMuon and AdamW over all parameters, with the real load of the experts."""
-    from vpmoe.optim.config import NorMuonConfig
-    from vpmoe.optim.optimizer import NorMuonAdamW
-
-    step(student, batch)
-    routers = {name: m for name, m in student.named_modules() if name.endswith("router")}
-    active = {
-        name: routers[name.split(".experts.")[0] + ".router"].local_tokens_per_expert > 0
-        for name, _ in student.named_parameters()
-        if ".experts." in name
-    }
-    optimizer = NorMuonAdamW(student.named_parameters(), NorMuonConfig())
-    free()
-    times = launch_times(lambda: optimizer.step(0.01, active), repetitions=5)
-    size = sum(p.numel() for p in student.parameters())
-    return row_of("NorMuon + AdamW step", 0, times, parameters=size)
-
-
-def whole_step(layers: int, tokens: int) -> list[dict[str, Any]]:
-    """524,288 tokens: micro-batches, float32 sums of gradients, optimizer with bf16 momentum."""
+@contextmanager
+def trainee(args: argparse.Namespace) -> Iterator[Trainee]:
+    """A fresh student under the trainer's replica, inside a stream for graphs."""
+    from vpmoe.data.dataset import Dataset
+    from vpmoe.data.loader import PackedLoader
+    from vpmoe.losses.cross_entropy import CrossEntropyConfig
     from vpmoe.models.student import build_student
-    from vpmoe.optim.config import NorMuonConfig
-    from vpmoe.optim.optimizer import NorMuonAdamW
+    from vpmoe.train.config import TrainConfig
+    from vpmoe.train.device import world
+    from vpmoe.train.graph import graph_stream
+    from vpmoe.train.parallel import Replica
 
-    config = config_of("vpmoe-6b", num_layers=layers)
-    student = build_student(config, seed=0, device="cuda", dtype=torch.bfloat16, kernels="fused")
-    batch = packed_batch(tokens // SEQ, SEQ, vocab=config.num_rows)
-    for parameter in student.parameters():
-        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
-        parameter.register_post_accumulate_grad_hook(add_to_main)
-    optimizer = NorMuonAdamW(student.named_parameters(), NorMuonConfig(momentum_dtype="bfloat16"))
+    tree = {
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "kernels": "fused",
+        "cuda_graph": True,
+        "batch": {"global_batch_size": 256, "micro_batch_size": 16, "seq_len": SEQ},
+        "budget": {"steps": 1000},
+        "optimizer": {"kind": "normuon", "momentum_dtype": "bfloat16"},
+    }
+    config = TrainConfig.model_validate(tree)
+    with world("cuda") as ranks, graph_stream(ranks.device):
+        student = build_student(
+            config_of("vpmoe-6b", num_layers=args.layers),
+            seed=0,
+            device="cuda",
+            dtype=torch.bfloat16,
+            kernels="fused",
+        )
+        student.train()
+        replica = Replica(student, config.optimizer, ranks, cuda_graph=True)
+        loader = PackedLoader(Dataset(args.data, "train"), seq_len=SEQ, seed=0)
+        loss = CrossEntropyConfig(chunk_rows=CHUNK_ROWS).build()
+        yield Trainee(student, replica, loader, loss, config)
 
-    def run() -> None:
-        for _ in range(STEP_TOKENS // tokens):
-            loss_of(student, batch, chunk_rows=CHUNK_ROWS).backward()
-        optimizer.step(1e-4)
-        torch._foreach_zero_([p.main_grad for p in student.parameters()])
 
-    times = launch_times(run, repetitions=2, warmup=1)
-    return [row_of(f"whole step, micro-batches of {tokens}", STEP_TOKENS, times)]
+def ours(args: argparse.Namespace) -> Rows:
+    """Forward and backward launched and replayed, whole steps, and the optimizer alone."""
+    with trainee(args) as it:
+        for _ in range(args.warm_steps):
+            it.step(32_768, 1)
+        names = ("train/loss/reasoning", "router/max_load_pct", "router/dead_experts")
+        print({name: it.metrics.get(name) for name in names}, flush=True)
+        warmed = {"optimizer_steps_before": args.warm_steps, **it.busiest()}
+        for tokens in args.tokens:
+            batch = it.micro_batches(tokens, 1)[0]
+            per_token = activation_bytes(it, batch) / batch.num_tokens / args.layers
+            more = warmed | {"activation_kb_per_token_and_layer": round(per_token / 1e3, 1)}
+            for how, graphed in (("launched", False), ("graph", True)):
+                free()
+                run = it.pass_over(batch, graphed=graphed)
+                times = launch_times(run, repetitions=args.repetitions, warmup=3)
+                here = batch.num_tokens
+                mfu = FLOP_PER_TOKEN * here / times.summary()["ms"] * 1e3 / GEMM_FLOPS
+                mfu = {"mfu_pct": round(100 * mfu, 1)} if args.layers == 80 else {}
+                what = "student, forward+backward"
+                yield row_of(what, here, times, how=how, slots=tokens, **mfu, **more)
+        yield optimizer_row(it)
+        yield from whole_steps(it, args)
+        yield long_rows(it, args)
 
 
-def add_to_main(parameter: torch.Tensor) -> None:
-    """What a distributed wrapper does with a gradient."""
-    parameter.main_grad.add_(parameter.grad)
-    parameter.grad = None
+def activation_bytes(it: Trainee, batch: Any) -> int:
+    """What a forward pass leaves in memory for its backward pass, all layers and the rest."""
+    from vpmoe.train.graph import forward
+
+    here = batch.to("cuda")
+    forward(it.student, here, batch.num_documents)
+    free()
+    before = torch.cuda.memory_allocated()
+    output = forward(it.student, here, batch.num_documents)
+    kept = torch.cuda.memory_allocated() - before
+    del output
+    return kept
 
 
-def peer(layers: int, token_counts: list[int], repetitions: int) -> list[dict[str, Any]]:
+def optimizer_row(it: Trainee) -> dict[str, Any]:
+    """One step of NorMuon and AdamW over all parameters, with the load of the last step."""
+    from vpmoe.train.step import sum_gradients
+
+    sum_gradients(it.replica, it.micro_batches(32_768, 1), it.loss, it.config)
+    counts = it.replica.sum_expert_counts()
+    free()
+    times = launch_times(lambda: it.replica.update(1e-3, counts), repetitions=5)
+    size = sum(p.numel() for p in it.student.parameters())
+    norms = launch_times(it.replica.gradient_norms, repetitions=5)
+    more = {"parameters": size, "gradient_norms_ms": norms.summary()["ms"]}
+    return row_of("NorMuon + AdamW step", 0, times, **more, momentum="bfloat16")
+
+
+def whole_steps(it: Trainee, args: argparse.Namespace) -> Rows:
+    """524,288 slots: data, micro-batches, float32 sums, norms, optimizer, router biases."""
+    for tokens in args.tokens:
+        count = STEP_TOKENS // tokens
+        it.step(tokens, count)
+        free()
+        values, parts, seen = [], {}, 0
+        for _ in range(args.steps):
+            seen, parts = it.step(tokens, count)
+            values.append(1e3 * sum(parts.values()))
+        parts = {f"{name}_ms": round(1e3 * s, 1) for name, s in parts.items()}
+        more = {"slots": STEP_TOKENS, "micro_batch_slots": tokens, **parts, **it.busiest()}
+        yield row_of("whole step", seen, Times(values), **more)
+
+
+def long_rows(it: Trainee, args: argparse.Namespace) -> dict[str, Any]:
+    """Rows of 8,192 tokens, one random document each."""
+    from vpmoe.batch import Batch
+
+    tokens = max(args.tokens)
+    arrays = packed_batch(tokens // 8192, 8192, vocab=it.student.config.num_rows, documents=1)
+    spans = torch.ones_like(arrays["labels"], dtype=torch.uint8)
+    batch = Batch(**arrays, span_ids=spans)
+    free()
+    run = it.pass_over(batch, graphed=False)
+    times = launch_times(run, repetitions=args.repetitions, warmup=3)
+    what = "student, forward+backward, rows of 8,192 with one document"
+    return row_of(what, tokens, times, how="launched", slots=tokens)
+
+
+def start(args: argparse.Namespace) -> Rows:
+    """Seconds of the first pass, with whatever the compilers' caches hold."""
+    args.layers = min(args.layers, 8)
+    with trainee(args) as it:
+        run = it.pass_over(it.micro_batches(min(args.tokens), 1)[0], graphed=False)
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    row = {"what": "first pass", "caches": args.caches, "s": round(seconds, 1)}
+    print(row, flush=True)
+    yield row | {"layers": args.layers}
+
+
+def peer(args: argparse.Namespace) -> Rows:
     """Qwen3-MoE of equal size in transformers: grouped_mm experts, each layer compiled."""
+    model, what = peer_model(args.layers)
+    for tokens in args.peer_tokens:
+        ids = torch.randint(0, 201_088, (tokens // SEQ, SEQ), device="cuda")
+
+        def run(ids: torch.Tensor = ids) -> None:
+            model.zero_grad()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+        try:
+            free()
+            begin = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            first = round(time.perf_counter() - begin, 1)
+            times = launch_times(run, repetitions=args.repetitions)
+        except torch.OutOfMemoryError:
+            model.zero_grad()
+            print("out of memory", tokens, flush=True)
+            yield {"what": what, "tokens": tokens, "ms": None, "why": "out of memory"}
+            continue
+        yield row_of(what, tokens, times, first_step_s=first)
+
+
+def peer_model(layers: int) -> tuple[Any, str]:
+    """The peer on the GPU, and what to call it."""
     import transformers
 
-    settings = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
     config = transformers.Qwen3MoeConfig(
         vocab_size=201_088,
         num_hidden_layers=layers,
+        hidden_size=1024,
+        num_attention_heads=8,
+        num_key_value_heads=2,
         head_dim=128,
         num_experts=256,
         num_experts_per_tok=4,
@@ -151,7 +304,6 @@ def peer(layers: int, token_counts: list[int], repetitions: int) -> list[dict[st
         norm_topk_prob=True,
         tie_word_embeddings=False,
         use_cache=False,
-        **settings,
     )
     config._attn_implementation = "sdpa"
     config._experts_implementation = "grouped_mm"
@@ -161,51 +313,63 @@ def peer(layers: int, token_counts: list[int], repetitions: int) -> list[dict[st
     torch.set_default_dtype(torch.float32)
     for layer in model.model.layers:
         layer.compile(dynamic=False)
-    rows = []
-    for tokens in token_counts:
-        ids = torch.randint(0, 201_088, (tokens // SEQ, SEQ), device="cuda")
+    return model, f"transformers {transformers.__version__} Qwen3-MoE, compiled"
 
-        def run(ids: torch.Tensor = ids) -> None:
-            model.zero_grad()
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
-        try:
-            first = time.perf_counter()
-            run()
-            torch.cuda.synchronize()
-            first = round(time.perf_counter() - first, 1)
-            free()
-            times = launch_times(run, repetitions=repetitions)
-        except torch.OutOfMemoryError:
-            rows.append({"what": "transformers Qwen3-MoE, compiled", "tokens": tokens, "ms": None})
-            print(rows[-1], flush=True)
-            break
-        what = f"transformers {transformers.__version__} Qwen3-MoE, compiled"
-        rows.append(row_of(what, tokens, times, first_step_s=first))
-        free()
-    return rows
+PARTS = {"ours": ours, "peer": peer, "start": start}
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="a built dataset, rows of 2,048")
+    parser.add_argument("--layers", type=int, default=80)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 32_768])
+    parser.add_argument("--peer-tokens", type=int, nargs="+", default=[8_192, 16_384, 32_768])
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3, help="whole steps to time")
+    parser.add_argument("--warm-steps", type=int, default=WARM_STEPS)
+    parser.add_argument("--parts", nargs="+", default=["start", "ours", "peer"], choices=PARTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "whole-model.json")
+    parser.add_argument("--caches", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run_part(part: str, args: argparse.Namespace, **environment: str) -> list[dict[str, Any]]:
+    """A part in a process of its own: nothing is left of it in the GPU's memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        kept = [a for a in sys.argv[1:] if not a.startswith("--out=")]
+        caches = "empty" if environment else "full"
+        extra = [f"--only={part}", f"--out={out}", f"--caches={caches}"]
+        command = [sys.executable, "-m", "benchmarks.whole_model", *kept, *extra]
+        subprocess.run(command, env=os.environ | environment, cwd=REPOSITORY, check=False)
+        if not out.exists():
+            return [{"what": part, "failed": True}]
+        return json.loads(out.read_text())["rows"]
 
 
 def main() -> None:
     """Run the parts that were asked for; write what was measured after each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=80)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 32_768])
-    parser.add_argument("--peer-tokens", type=int, nargs="+", default=[16_384])
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", default=["ours", "peer", "step"])
-    parser.add_argument("--out", type=Path, default=RESULTS / "whole-model.json")
-    args = parser.parse_args()
+    args = arguments()
+    about = {"layers": args.layers, "seq": SEQ}
     rows: list[dict[str, Any]] = []
+    if args.only:
+        for row in PARTS[args.only](args):
+            rows.append(row)
+            write_results(args.out, rows, **about)
+        return
     for part in args.parts:
-        free()
-        if part == "ours":
-            rows += ours(args.layers, args.tokens, args.repetitions)
-        elif part == "peer":
-            rows += peer(args.layers, args.peer_tokens, args.repetitions)
+        if part == "start":
+            with tempfile.TemporaryDirectory() as empty:
+                caches = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
+                rows += run_part(part, args, **caches)
+                second = run_part(part, args, **caches)
+                rows += [row | {"caches": "full"} for row in second]
         else:
-            rows += whole_step(args.layers, max(args.tokens))
-        write_results(args.out, rows, layers=args.layers, seq=SEQ)
+            rows += run_part(part, args)
+        write_results(args.out, rows, **about)
 
 
 if __name__ == "__main__":
