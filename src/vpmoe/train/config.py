@@ -66,10 +66,12 @@ class SpanWeightsConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When to write checkpoints; the last step always writes one."""
+    """When to write checkpoints."""
 
     every_steps: NotNegative = 0
     """Steps between checkpoints; 0: only after the last step."""
+    last: bool = True
+    """Write one after the last step."""
     keep: NotNegative = 2
     """How many to leave on disk, the newest ones; 0: all."""
 

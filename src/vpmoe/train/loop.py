@@ -29,7 +29,7 @@ def train(
     hooks: Sequence[Hook] = (),
     observers: Sequence[Observer] = (),
 ) -> Position:
-    """Where training ended: after the plan's last step, with a checkpoint. Called on every rank.
+    """Where training ended: after the plan's last step. Called on every rank.
 
     Args:
         student: On the world's device; trained in place.
@@ -66,7 +66,8 @@ def train(
             with watch("eval"):
                 measured = run_hooks(hooks, student, position, plan.num_steps)
             record.row(position, [summed.metrics(), applied, plan.metrics(), measured], watch)
-            if is_due(config.checkpoint.every_steps, position.step, plan.num_steps):
+            saves = position.step < plan.num_steps or config.checkpoint.last
+            if saves and is_due(config.checkpoint.every_steps, position.step, plan.num_steps):
                 with watch("checkpoint"):
                     save(run_dir, replica, plan, position, config=config)
                 record.saved(watch)
