@@ -41,7 +41,7 @@ FLOP_PER_TOKEN = 3.79e9  # the 80-layer student's, forward and backward, attenti
 GEMM_FLOPS = 796e12  # measured ceiling of a bf16 product on an H200
 STEP_TOKENS = 524_288
 Rows = Iterator[dict[str, Any]]
-WARM_STEPS = 24  # optimizer steps of 32,768 tokens before anything is timed
+WARM_STEPS = 24  # optimizer steps of two micro-batches before anything is timed
 
 
 def free() -> None:
@@ -165,29 +165,42 @@ def trainee(args: argparse.Namespace) -> Iterator[Trainee]:
 
 
 def ours(args: argparse.Namespace) -> Rows:
-    """Forward and backward launched and replayed, whole steps, and the optimizer alone."""
+    """Forward and backward launched and replayed, whole steps, and the optimizer alone.
+
+    Everything is in memory at the smallest number of tokens; passes over more follow without the
+    optimizer's state.
+    """
     with trainee(args) as it:
+        least, *more = sorted(args.tokens)
         for _ in range(args.warm_steps):
-            it.step(32_768, 1)
+            it.step(least, 2)
         names = ("train/loss/reasoning", "router/max_load_pct", "router/dead_experts")
         print({name: it.metrics.get(name) for name in names}, flush=True)
         warmed = {"optimizer_steps_before": args.warm_steps, **it.busiest()}
-        for tokens in args.tokens:
-            batch = it.micro_batches(tokens, 1)[0]
-            per_token = activation_bytes(it, batch) / batch.num_tokens / args.layers
-            more = warmed | {"activation_kb_per_token_and_layer": round(per_token / 1e3, 1)}
-            for how, graphed in (("launched", False), ("graph", True)):
-                free()
-                run = it.pass_over(batch, graphed=graphed)
-                times = launch_times(run, repetitions=args.repetitions, warmup=3)
-                here = batch.num_tokens
-                mfu = FLOP_PER_TOKEN * here / times.summary()["ms"] * 1e3 / GEMM_FLOPS
-                mfu = {"mfu_pct": round(100 * mfu, 1)} if args.layers == 80 else {}
-                what = "student, forward+backward"
-                yield row_of(what, here, times, how=how, slots=tokens, **mfu, **more)
-        yield optimizer_row(it)
-        yield from whole_steps(it, args)
+        yield from whole_steps(it, args, least)
+        yield optimizer_row(it, least)
+        yield from passes(it, args, least, warmed)
+        it.replica.optimizer = None
+        for tokens in more:
+            yield from passes(it, args, tokens, warmed)
         yield long_rows(it, args)
+
+
+def passes(it: Trainee, args: argparse.Namespace, tokens: int, warmed: dict[str, Any]) -> Rows:
+    """One micro-batch, launched and replayed."""
+    batch = it.micro_batches(tokens, 1)[0]
+    free()
+    per_token = activation_bytes(it, batch) / batch.num_tokens / args.layers
+    more = warmed | {"activation_kb_per_token_and_layer": round(per_token / 1e3, 1)}
+    for how, graphed in (("launched", False), ("graph", True)):
+        free()
+        run = it.pass_over(batch, graphed=graphed)
+        times = launch_times(run, repetitions=args.repetitions, warmup=3)
+        here = batch.num_tokens
+        mfu = FLOP_PER_TOKEN * here / times.summary()["ms"] * 1e3 / GEMM_FLOPS
+        mfu = {"mfu_pct": round(100 * mfu, 1)} if args.layers == 80 else {}
+        what = "student, forward+backward"
+        yield row_of(what, here, times, how=how, slots=tokens, **mfu, **more)
 
 
 def activation_bytes(it: Trainee, batch: Any) -> int:
@@ -204,11 +217,11 @@ def activation_bytes(it: Trainee, batch: Any) -> int:
     return kept
 
 
-def optimizer_row(it: Trainee) -> dict[str, Any]:
+def optimizer_row(it: Trainee, tokens: int) -> dict[str, Any]:
     """One step of NorMuon and AdamW over all parameters, with the load of the last step."""
     from vpmoe.train.step import sum_gradients
 
-    sum_gradients(it.replica, it.micro_batches(32_768, 1), it.loss, it.config)
+    sum_gradients(it.replica, it.micro_batches(tokens, 1), it.loss, it.config)
     counts = it.replica.sum_expert_counts()
     free()
     times = launch_times(lambda: it.replica.update(1e-3, counts), repetitions=5)
@@ -218,19 +231,18 @@ def optimizer_row(it: Trainee) -> dict[str, Any]:
     return row_of("NorMuon + AdamW step", 0, times, **more, momentum="bfloat16")
 
 
-def whole_steps(it: Trainee, args: argparse.Namespace) -> Rows:
+def whole_steps(it: Trainee, args: argparse.Namespace, tokens: int) -> Rows:
     """524,288 slots: data, micro-batches, float32 sums, norms, optimizer, router biases."""
-    for tokens in args.tokens:
-        count = STEP_TOKENS // tokens
-        it.step(tokens, count)
-        free()
-        values, parts, seen = [], {}, 0
-        for _ in range(args.steps):
-            seen, parts = it.step(tokens, count)
-            values.append(1e3 * sum(parts.values()))
-        parts = {f"{name}_ms": round(1e3 * s, 1) for name, s in parts.items()}
-        more = {"slots": STEP_TOKENS, "micro_batch_slots": tokens, **parts, **it.busiest()}
-        yield row_of("whole step", seen, Times(values), **more)
+    count = STEP_TOKENS // tokens
+    it.step(tokens, 2)
+    free()
+    values, parts, seen = [], {}, 0
+    for _ in range(args.steps):
+        seen, parts = it.step(tokens, count)
+        values.append(1e3 * sum(parts.values()))
+    parts = {f"{name}_ms": round(1e3 * s, 1) for name, s in parts.items()}
+    more = {"slots": STEP_TOKENS, "micro_batch_slots": tokens, **parts, **it.busiest()}
+    yield row_of("whole step", seen, Times(values), **more)
 
 
 def long_rows(it: Trainee, args: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 MIN_SMALL, MAX_SMALL = 64, 128  # of the smaller side: its square has to stay on the chip
 CHUNK = 64  # of the longer side that is looked at together
-FIRST = 3  # iterations before the matrix is made anew
+FIRST, STEPS = 3, 5  # iterations before the matrix is made anew, and in all
 WARPS, STAGES = 8, 3
 
 
@@ -110,19 +110,21 @@ def _polar_kernel(
         tl.store(rows + i, total)
 
 
-def polar_fits(rows: int, cols: int) -> bool:
-    """Whether `polar_` computes matrices of this shape.
+def polar_fits(rows: int, cols: int, *, steps: int) -> bool:
+    """Whether `polar_` computes matrices of this shape: more steps need another renewal.
 
     References:
         own.
     """
     small, long = min(rows, cols), max(rows, cols)
+    if steps != STEPS:
+        return False
     return MIN_SMALL <= small <= MAX_SMALL and small & (small - 1) == 0 and long % CHUNK == 0
 
 
 def polar_(
     matrices: Float[Tensor, "stack rows cols"],
-    coefficients: Float[Tensor, "steps 3"],
+    coefficients: Float[Tensor, "5 3"],
     *,
     safety: float,
     eps: float,
@@ -131,7 +133,7 @@ def polar_(
 
     Args:
         matrices: bf16, contiguous, of a shape that `polar_fits`.
-        coefficients: a, b, c of each iteration, float32, on the same device; at least 3 of them.
+        coefficients: a, b, c of each of five iterations, float32, on the same device.
         safety: The first matrix is divided by this times its norm.
         eps: Added to that divisor.
 
@@ -143,7 +145,7 @@ def polar_(
     squares = torch.empty(stack, rows, 1, dtype=torch.float32, device=matrices.device)
     _polar_kernel[(stack,)](
         matrices, squares, coefficients, safety, eps,
-        LONG=max(rows, cols), SMALL=min(rows, cols), STEPS=coefficients.shape[0], FIRST=FIRST,
+        LONG=max(rows, cols), SMALL=min(rows, cols), STEPS=STEPS, FIRST=FIRST,
         TALL=rows > cols, CHUNK=CHUNK, STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
     return squares

@@ -108,7 +108,7 @@ def orthogonalized(
     """
     if config.polar_dtype == "float32":
         return polar_express_folded(direction.float(), steps=config.polar_steps), None
-    if polar_fits(*direction.shape[1:]):
+    if polar_fits(*direction.shape[1:], steps=config.polar_steps):
         table = _coefficients(config.polar_steps, direction.device)
         return direction, polar_(direction, table, safety=SAFETY, eps=POLAR_EPS)
     return polar_express_folded(direction, steps=config.polar_steps), None

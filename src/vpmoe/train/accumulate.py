@@ -34,7 +34,8 @@ class SmallGradients:
                 parameter.register_post_accumulate_grad_hook(self._keep)
 
     def _keep(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:  # its backward added to the sum itself
+            return
         self._waiting.append((parameter.main_grad, parameter.grad))  # pyright: ignore[reportAttributeAccessIssue]
         parameter.grad = None  # nothing left for the wrapper's hook, which comes next
 
