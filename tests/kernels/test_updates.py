@@ -5,6 +5,7 @@ import torch
 
 from tests.kernels.common import needs_gpu, relative_error
 from vpmoe.optim.config import NorMuonConfig
+from vpmoe.optim.gradients import global_grad_norm
 from vpmoe.optim.optimizer import NorMuonAdamW
 from vpmoe.optim.polar_express import (
     COEFFICIENTS,
@@ -109,3 +110,13 @@ def test_steps_equal_float64(dtype, rest):
         assert torch.equal(
             ours["experts.up_weight"].detach().cpu()[~mask], values["experts.up_weight"][~mask]
         )
+
+
+def test_norms_of_many_gradients_equal_float64():
+    named = []
+    for name, shape in SHAPES.items():
+        param = torch.nn.Parameter(torch.zeros(shape, device="cuda", dtype=torch.bfloat16))
+        param.main_grad = torch.randn(shape, device="cuda")
+        named.append((name, param))
+    exact = torch.cat([p.main_grad.double().flatten() for _, p in named]).norm()
+    assert relative_error(global_grad_norm(named), exact) < 1e-6

@@ -90,6 +90,10 @@ def active_of(
     """
     if not any(weight.name in active_slices for weight in weights):
         return None
+    if len(weights) == 1:
+        mask = active_slices[weights[0].name]
+        like = weights[0].param
+        return mask.to(like.device, state_dtype(like))[:, None, None]
     masks = []
     for weight, count in zip(weights, slices, strict=True):
         mask = active_slices.get(weight.name)
