@@ -16,6 +16,7 @@ from vpmoe.losses.tails import stored_tail
 from vpmoe.models.student import Student, StudentOutput
 from vpmoe.spans import TRAINED_SPANS, Span
 from vpmoe.train.config import SpanWeightsConfig, TrainConfig
+from vpmoe.train.graph import forward
 from vpmoe.train.metrics import Stopwatch, loss_metrics
 from vpmoe.train.parallel import Replica
 from vpmoe.train.plan import Plan
@@ -115,6 +116,14 @@ def sum_gradients(
     balance = float(sums.pop(LOAD_BALANCE))
     _refuse_non_finite({"loss": float(sums["loss"].sum()), "load-balance loss": balance})
     return StepSums(sums, balance, scales, int(counts["tokens"]), int(counts["slots"]), own)
+
+
+def run_student(
+    student: Student, batch: Batch, *, layers: tuple[int, ...] = ()
+) -> tuple[LossInputs, Float[Tensor, ""]]:
+    """A forward pass as a loss reads it, one row per label, and the routers' auxiliary sum."""
+    output = forward(student, batch, batch.num_documents, layers=layers)
+    return loss_inputs(student, batch, output), output.load_balance_sum
 
 
 def loss_inputs(student: Student, batch: Batch, output: StudentOutput) -> LossInputs:
