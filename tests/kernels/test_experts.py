@@ -42,6 +42,41 @@ def reference(leaves, expert_ids, residual):
     return total
 
 
+@pytest.mark.parametrize("kind", ["uniform", "hot", "empty", "zipf"])
+@pytest.mark.parametrize("tokens", [1, 700, 5000])
+def test_plan_covers_every_row_once(tokens, kind):
+    from vpmoe.kernels.dispatch import MOST_PARTIALS, ROWS, plan_dispatch
+
+    _, ids, _ = inputs(tokens, kind)
+    plan = plan_dispatch(ids, num_experts=256)
+    flat, rows = ids.flatten(), ids.numel()
+    assert torch.equal(plan.order[:rows].long(), flat.argsort(stable=True))
+    counts = torch.bincount(flat, minlength=256)
+    ends = counts.cumsum(0)
+    assert torch.equal(plan.offsets[1:257].long(), ends)
+    tiles = [
+        (e, row)
+        for e, (end, count) in enumerate(zip(ends.tolist(), counts.tolist(), strict=True))
+        for row in range(end - count, end, ROWS)
+    ]
+    used = plan.tile_expert >= 0
+    found = zip(plan.tile_expert[used].tolist(), plan.tile_row[used].tolist(), strict=True)
+    assert list(found) == tiles
+    used = plan.chunk_expert >= 0
+    chunks = [t[used].tolist() for t in (plan.chunk_expert, plan.chunk_begin, plan.chunk_end)]
+    covered = sorted(zip(*chunks, strict=True))
+    places = [row for _, begin, end in covered for row in range(begin, end)]
+    assert places == list(range(rows))
+    owners = [e for e, begin, end in covered for _ in range(begin, end)]
+    assert owners == flat.sort().values.tolist()
+    assert {e for e, _, _ in covered} == set(range(256))
+    num_cut = plan.first_partial[256].item()
+    assert num_cut <= MOST_PARTIALS
+    assert len(set(chunks[0][num_cut:])) == len(chunks[0]) - num_cut  # the rest are whole experts
+    for e, (begin, end) in enumerate(plan.first_partial[:257].unfold(0, 2, 1).tolist()):
+        assert chunks[0][begin:end] == [e] * (end - begin)
+
+
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "kind"),
@@ -100,3 +135,40 @@ def test_experts_without_tokens_have_no_gradient():
     for grad in torch.autograd.grad(out.sum(), leaves[1:5]):
         assert not grad[128:].any()
         assert grad[:128].flatten(1).any(dim=1).all()
+
+
+@pytest.mark.parametrize("kind", ["uniform", "hot", "empty"])
+def test_gradients_are_added_to_main_grad(kind):
+    from torch.utils.checkpoint import checkpoint
+
+    from vpmoe.kernels.experts import routed_experts
+
+    leaves, ids, _ = inputs(900, kind)
+    grad = torch.randn_like(leaves[0])
+    expected = torch.autograd.grad(routed_experts(*leaves, ids), leaves, grad)
+    stacks = {i: leaves[i] for i in (1, 3)}
+    for stack in stacks.values():
+        stack.main_grad = torch.ones(stack.shape, device="cuda")
+    checkpoint(routed_experts, *leaves, ids, use_reentrant=False).backward(grad)
+    routed_experts(*leaves, ids).backward(grad)
+    for i, stack in stacks.items():
+        assert stack.grad is None
+        assert stack.grad_added_to_main_grad
+        assert_close({str(i): (stack.main_grad - 1, 2 * expected[i].double())}, BF16)
+        untouched = expected[i].flatten(1).count_nonzero(dim=1) == 0
+        assert (stack.main_grad[untouched] == 1).all()
+    for i in (0, 2, 4, 5):
+        assert_close({str(i): (leaves[i].grad, 2 * expected[i])}, BF16)
+
+
+def test_frozen_stacks_get_no_gradient():
+    from vpmoe.kernels.experts import routed_experts
+
+    leaves, ids, _ = inputs(300, "uniform")
+    grad = torch.randn_like(leaves[0])
+    expected = torch.autograd.grad(routed_experts(*leaves, ids), leaves, grad)
+    for i in (1, 3, 4):
+        leaves[i].requires_grad_(False)
+    routed_experts(*leaves, ids).backward(grad)
+    assert all(leaves[i].grad is None for i in (1, 3, 4))
+    assert all(torch.equal(leaves[i].grad, expected[i]) for i in (0, 2, 5))

@@ -5,7 +5,7 @@ keeps its [rows, F] activations in registers between the two products, so that o
 pre-activations (for the backward pass) and the [rows, D] outputs touch memory. Tiles are listed in
 a table of fixed size, so that no launch depends on the routing and a CUDA graph can hold it all.
 Every product is a plain pipelined `tl.dot` loop: a reduction over the same tile inside such a loop
-gave wrong sums on Triton 3.6, so sums over rows and columns are taken outside of them.
+gave wrong sums on Triton 3.6, so sums over rows and columns are products, too, or lie outside.
 """
 
 from typing import Any
@@ -15,8 +15,14 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vpmoe.kernels.dispatch import ROWS, DispatchPlan, plan_dispatch
+from vpmoe.kernels.weight_gradients import COLUMNS, Rows, down_gradient, up_gradient
+
+# Fastest on an H200 of those tried.
+FORWARD = {"BK": 64, "BN": 64, "num_warps": 4, "num_stages": 3}
+BACKWARD = {"BK": 64, "BN": 64, "num_warps": 4, "num_stages": 4}
 
 
 @triton.jit
@@ -25,10 +31,10 @@ def _forward_kernel(
     D: tl.constexpr, F: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """Outputs of a tile's slots, weighted; `w1` and `w2` are descriptors of the stacks."""
     e = tl.load(tile_expert + tl.program_id(0))
     if e < 0:
         return
-    e = e.to(tl.int64)
     rows = tl.load(tile_row + tl.program_id(0)) + tl.arange(0, ROWS)
     inside = rows < tl.load(offsets + e + 1)
     slot = tl.load(order + rows, inside, other=0).to(tl.int64)
@@ -38,17 +44,16 @@ def _forward_kernel(
     for k in range(0, D, BK):
         ks = k + tl.arange(0, BK)
         a = tl.load(x + token[:, None] * D + ks[None, :], inside[:, None], other=0.0)
-        b = tl.load(w1 + e * F * D + f[None, :] * D + ks[:, None])
-        z = tl.dot(a, b, z)
+        z = tl.dot(a, w1.load([e * F, k]).T, z)
     z += tl.load(b1 + e * F + f)[None, :].to(tl.float32)
     z16 = z.to(tl.bfloat16)
-    tl.store(z_out + rows[:, None].to(tl.int64) * F + f[None, :], z16, inside[:, None])
+    tl.store(z_out + rows[:, None] * F + f[None, :], z16, inside[:, None])
     weight = tl.load(weights + slot, inside, other=0.0)
     r = tl.maximum(z16.to(tl.float32), 0.0)
     h = (r * r * weight[:, None]).to(tl.bfloat16)
     for n in range(0, D, BN):
         ns = n + tl.arange(0, BN)
-        b = tl.load(w2 + e * D * F + ns[None, :] * F + f[:, None])
+        b = w2.load([e * D + n, 0]).T
         bias = tl.load(b2 + e * D + ns).to(tl.float32)
         y = tl.dot(h, b) + weight[:, None] * bias[None, :]
         tl.store(y_out + slot[:, None] * D + ns[None, :], y.to(tl.bfloat16), inside[:, None])
@@ -56,69 +61,47 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_rows_kernel(
-    dy, w1, w2, weights, order, offsets, tile_expert, tile_row, z_in, dz_out, dz_sums, dx_out,
-    dweight,
-    D: tl.constexpr, F: tl.constexpr, A: tl.constexpr,
+    dy, w1, w2, b2, weights, order, offsets, tile_expert, tile_row, z_in, units_out, dz_out,
+    weights_out, dz_sums, dx_out, dweight,
+    D: tl.constexpr, F: tl.constexpr, A: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of a tile's inputs and weights, and what the weight gradients are made of.
+
+    dy·b2, a part of the weights' gradient, is one more small product of the same rows.
+    """
     e = tl.load(tile_expert + tl.program_id(0))
     if e < 0:
         return
-    e = e.to(tl.int64)
     rows = tl.load(tile_row + tl.program_id(0)) + tl.arange(0, ROWS)
     inside = rows < tl.load(offsets + e + 1)
     slot = tl.load(order + rows, inside, other=0).to(tl.int64)
     token = slot // A
     f = tl.arange(0, F)
+    column = tl.arange(0, COLUMNS)
     dh = tl.zeros((ROWS, F), tl.float32)
+    of_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, D, BK):
         ks = k + tl.arange(0, BK)
         a = tl.load(dy + token[:, None] * D + ks[None, :], inside[:, None], other=0.0)
-        b = tl.load(w2 + e * D * F + ks[:, None] * F + f[None, :])
-        dh = tl.dot(a, b, dh)
-    at = rows[:, None].to(tl.int64) * F + f[None, :]
+        c = tl.load(b2 + e * D + ks[:, None] + 0 * column[None, :])
+        dh = tl.dot(a, w2.load([e * D + k, 0]), dh)
+        of_bias = tl.dot(a, c, of_bias)
+    at = rows[:, None] * F + f[None, :]
     r = tl.maximum(tl.load(z_in + at, inside[:, None], other=0.0).to(tl.float32), 0.0)
-    tl.store(dweight + slot, tl.sum(dh * r * r, 1), inside)
     weight = tl.load(weights + slot, inside, other=0.0)
-    dz = (dh * (2.0 * weight[:, None]) * r).to(tl.bfloat16)
+    tl.store(weights_out + rows, weight.to(tl.bfloat16), inside)
+    tl.store(units_out + at, (r * r * weight[:, None]).to(tl.bfloat16), inside[:, None])
+    slope = dh * r
+    bias = tl.sum(of_bias, 1) / COLUMNS  # all columns are alike
+    tl.store(dweight + slot, tl.sum(slope * r, 1) + bias, inside)
+    dz = (slope * (2.0 * weight[:, None])).to(tl.bfloat16)
     tl.store(dz_out + at, dz, inside[:, None])
     tl.store(dz_sums + tl.program_id(0) * F + f, tl.sum(dz.to(tl.float32), 0))
     for n in range(0, D, BN):
         ns = n + tl.arange(0, BN)
-        b = tl.load(w1 + e * F * D + f[:, None] * D + ns[None, :])
-        dx = tl.dot(dz, b)
+        dx = tl.dot(dz, w1.load([e * F, n]))
         tl.store(dx_out + slot[:, None] * D + ns[None, :], dx.to(tl.bfloat16), inside[:, None])
-
-
-@triton.jit
-def _weight_gradient_kernel(
-    left, right, weights, order, offsets, out,
-    D: tl.constexpr, F: tl.constexpr, A: tl.constexpr,
-    BK: tl.constexpr, BN: tl.constexpr, DOWN: tl.constexpr,
-):  # fmt: skip
-    """left^T right over an expert's rows: dW1 of dz and x, dW2 (DOWN) of weight·h(z) and dy."""
-    e = tl.program_id(1).to(tl.int64)
-    begin = tl.load(offsets + e)
-    end = tl.load(offsets + e + 1)
-    f = tl.arange(0, F)
-    ns = tl.program_id(0) * BN + tl.arange(0, BN)
-    acc = tl.zeros((F, BN), tl.float32)
-    for row in range(begin, end, BK):
-        rows = row + tl.arange(0, BK)
-        inside = rows < end
-        slot = tl.load(order + rows, inside, other=0).to(tl.int64)
-        at = rows[None, :].to(tl.int64) * F + f[:, None]
-        a = tl.load(left + at, inside[None, :], other=0.0)
-        if DOWN:
-            r = tl.maximum(a.to(tl.float32), 0.0)
-            a = (r * r * tl.load(weights + slot, inside, other=0.0)[None, :]).to(tl.bfloat16)
-        b = tl.load(right + (slot // A)[:, None] * D + ns[None, :], inside[:, None], other=0.0)
-        acc = tl.dot(a, b, acc)
-    if DOWN:
-        at = out + e * D * F + ns[None, :] * F + f[:, None]
-    else:
-        at = out + e * F * D + f[:, None] * D + ns[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -167,56 +150,57 @@ def _combine(rows: Tensor, residual: Tensor | None, slots: int) -> Tensor:
     return out
 
 
+def _blocks(stack: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A stack of matrices as one tall matrix that the copy engine reads in such blocks."""
+    return TensorDescriptor.from_tensor(stack.view(-1, stack.shape[2]), [rows, columns])
+
+
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w1, b1, w2, b2, weights, expert_ids, plan, residual):
+    def forward(ctx: Any, x, w1, b1, w2, b2, weights, plan, residual):
         tokens, dim = x.shape
         slots, width = weights.shape[1], w1.shape[1]
         z = torch.empty(tokens * slots, width, dtype=torch.bfloat16, device=x.device)
         y = torch.empty(tokens * slots, dim, dtype=torch.bfloat16, device=x.device)
         _forward_kernel[(plan.tile_expert.numel(),)](
-            x, w1, b1, w2, b2, weights, *plan, z, y,
-            D=dim, F=width, A=slots, ROWS=ROWS, BK=64, BN=64, num_warps=4, num_stages=3,
+            x, _blocks(w1, width, FORWARD["BK"]), b1, _blocks(w2, FORWARD["BN"], width), b2,
+            weights, *plan.tiles, z, y,
+            D=dim, F=width, A=slots, ROWS=ROWS, **FORWARD,
         )  # fmt: skip
-        ctx.save_for_backward(x, w1, b1, w2, b2, weights, expert_ids, z, *plan)
+        ctx.save_for_backward(x, b1, b2, weights, z, *plan)
+        ctx.stacks = w1, w2  # the parameters themselves: what is saved may come back as a copy
         ctx.has_residual = residual is not None
         return _combine(y, residual, slots)
 
     @staticmethod
     def backward(ctx: Any, dy):
-        x, w1, b1, w2, b2, weights, expert_ids, z, *rest = ctx.saved_tensors
+        x, b1, b2, weights, z, *rest = ctx.saved_tensors
+        w1, w2 = ctx.stacks
         plan = DispatchPlan(*rest)
         dy = dy.contiguous()
         tokens, dim = x.shape
         slots, (experts, width) = weights.shape[1], b1.shape
-        dz = torch.empty_like(z)
+        rows = Rows(torch.empty_like(z), torch.empty_like(z), x.new_empty(tokens * slots))
         dz_sums = weights.new_empty(plan.tile_expert.numel(), width)
         dx_rows = torch.empty(tokens * slots, dim, dtype=torch.bfloat16, device=x.device)
         dweight = torch.empty(tokens, slots, dtype=torch.float32, device=x.device)
         _backward_rows_kernel[(plan.tile_expert.numel(),)](
-            dy, w1, w2, weights, *plan, z, dz, dz_sums, dx_rows, dweight,
-            D=dim, F=width, A=slots, ROWS=ROWS, BK=64, BN=64, num_warps=4, num_stages=4,
+            dy, _blocks(w1, width, BACKWARD["BN"]), _blocks(w2, BACKWARD["BK"], width), b2, weights,
+            *plan.tiles, z, *rows, dz_sums, dx_rows, dweight,
+            D=dim, F=width, A=slots, COLUMNS=COLUMNS, ROWS=ROWS, **BACKWARD,
         )  # fmt: skip
-        ids = expert_ids.long()
-        dweight += (dy @ b2.T).gather(1, ids)
-        dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
+        dw1 = dw2 = db2 = None
+        if ctx.needs_input_grad[1]:
+            dw1 = up_gradient(x, rows, w1, plan, slots)
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            dw2, db2 = down_gradient(dy, rows, w2, b2, plan, slots)
         db1 = torch.empty_like(b1)
-        for left, right, out, down in ((dz, x, dw1, False), (z, dy, dw2, True)):
-            block = 128 if dim % 128 == 0 else 64
-            _weight_gradient_kernel[(dim // block, experts)](
-                left, right, weights, plan.order, plan.offsets, out,
-                D=dim, F=width, A=slots, BK=64, BN=block, DOWN=down,
-                num_warps=8 if down else 4, num_stages=3,
-            )  # fmt: skip
         _bias_gradient_kernel[(experts,)](
             dz_sums, plan.offsets, db1, E=experts, F=width, ROWS=ROWS, BK=16
         )
-        dense = torch.zeros(tokens, experts, dtype=torch.bfloat16, device=x.device)
-        dense.scatter_(1, ids, weights.to(torch.bfloat16))
-        db2 = (dense.T @ dy).to(b2.dtype)
         d_residual = dy if ctx.has_residual else None
         dx = _combine(dx_rows, None, slots)
-        return dx, dw1, db1, dw2, db2, dweight, None, None, d_residual
+        return dx, dw1, db1, dw2, db2, dweight, None, d_residual
 
 
 def routed_experts(
@@ -253,4 +237,4 @@ def routed_experts(
         for width 128, biases included.
     """
     plan = plan_dispatch(expert_ids, num_experts=w1.shape[0])
-    return _RoutedExperts.apply(x, w1, b1, w2, b2, expert_weights, expert_ids, plan, residual)
+    return _RoutedExperts.apply(x, w1, b1, w2, b2, expert_weights, plan, residual)
