@@ -24,6 +24,7 @@ class DispatchPlan(NamedTuple):
     """Which rows each expert works on; tensors may be longer than what is said here.
 
     Attributes:
+        place: [T·A] int32, row of each slot where every tile has `ROWS` rows of its own.
         order: [T·A] int32, slot (token·A + a) of each row, rows sorted by expert, stable.
         offsets: [E+1] int32, first row of each expert, and the number of rows.
         tile_expert: [tiles] int32, expert of each tile, -1 for the unused end of the table.
@@ -36,6 +37,7 @@ class DispatchPlan(NamedTuple):
             others; at the end the number of such chunks.
     """
 
+    place: Tensor
     order: Tensor
     offsets: Tensor
     tile_expert: Tensor
@@ -48,12 +50,12 @@ class DispatchPlan(NamedTuple):
     @property
     def tiles(self) -> tuple[Tensor, ...]:
         """What kernels that work on tiles need."""
-        return self[:4]
+        return self[1:5]
 
     @property
     def chunks(self) -> tuple[Tensor, ...]:
         """What kernels that work on chunks need besides the order."""
-        return self[4:]
+        return self[5:]
 
 
 @triton.jit
@@ -84,7 +86,10 @@ def _scan_kernel(
 
 
 @triton.jit
-def _place(ids, before, first, order, block, num_rows, E: tl.constexpr, BLOCK: tl.constexpr):
+def _place(
+    ids, before, first, padding, place_out, order, block, num_rows,
+    E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Write a block's slots to their rows: expert, then block, then place in the block."""
     place = tl.arange(0, BLOCK)
     slot = block * BLOCK + place
@@ -96,6 +101,7 @@ def _place(ids, before, first, order, block, num_rows, E: tl.constexpr, BLOCK: t
     earlier = (chosen[:, None] == other[None, :]) & (place[None, :] < place[:, None])
     row = tl.gather(begin, chosen, 0) + tl.sum(earlier.to(tl.int32), 1)
     tl.store(order + row, slot, inside)
+    tl.store(place_out + slot, row + tl.gather(padding, chosen, 0), inside)
 
 
 @triton.jit
@@ -114,7 +120,7 @@ def _pick(values, index, E: tl.constexpr):
 
 @triton.jit
 def _plan_kernel(
-    ids, before, totals, order, offsets, tile_expert, tile_row,
+    ids, before, totals, place, order, offsets, tile_expert, tile_row,
     chunk_expert, chunk_begin, chunk_end, first_partial,
     num_rows, num_blocks, num_tiles, num_chunks, chunk_rows,
     E: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TABLE: tl.constexpr,
@@ -126,7 +132,9 @@ def _plan_kernel(
     program = tl.program_id(0)
     tile_programs = (num_tiles + TABLE - 1) // TABLE
     if program < num_blocks:
-        _place(ids, before, first, order, program, num_rows, E, BLOCK)
+        tiles = (rows + ROWS - 1) // ROWS
+        padding = (tl.cumsum(tiles, 0) - tiles) * ROWS - first
+        _place(ids, before, first, padding, place, order, program, num_rows, E, BLOCK)
     elif program < num_blocks + tile_programs:
         entry = (program - num_blocks) * TABLE + tl.arange(0, TABLE)
         expert, number = _of_expert(entry, (rows + ROWS - 1) // ROWS, E)
@@ -173,7 +181,7 @@ def plan_dispatch(expert_ids: Int[Tensor, "tokens slots"], *, num_experts: int) 
     chunks = num_experts + CUTS
     edges = _whole(num_experts + 1)
     sizes = (
-        _whole(rows), edges, tiles, tiles, chunks, chunks, chunks, edges,
+        _whole(rows), _whole(rows), edges, tiles, tiles, chunks, chunks, chunks, edges,
         blocks * num_experts, num_experts,
     )  # fmt: skip
     table = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)  # one allocation

@@ -56,7 +56,7 @@ def _forward_kernel(
         b = w2.load([e * D + n, 0]).T
         bias = tl.load(b2 + e * D + ns).to(tl.float32)
         y = tl.dot(h, b) + weight[:, None] * bias[None, :]
-        tl.store(y_out + slot[:, None] * D + ns[None, :], y.to(tl.bfloat16), inside[:, None])
+        y_out.store([tl.program_id(0) * ROWS, n], y.to(tl.bfloat16))
 
 
 @triton.jit
@@ -99,24 +99,23 @@ def _backward_rows_kernel(
     tl.store(dz_out + at, dz, inside[:, None])
     tl.store(dz_sums + tl.program_id(0) * F + f, tl.sum(dz.to(tl.float32), 0))
     for n in range(0, D, BN):
-        ns = n + tl.arange(0, BN)
         dx = tl.dot(dz, w1.load([e * F, n]))
-        tl.store(dx_out + slot[:, None] * D + ns[None, :], dx.to(tl.bfloat16), inside[:, None])
+        dx_out.store([tl.program_id(0) * ROWS, n], dx.to(tl.bfloat16))
 
 
 @triton.jit
 def _bias_gradient_kernel(
     partial, offsets, out,
-    E: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+    E: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One program per expert: the sum of its tiles' sums, in the tiles' order."""
+    """The sum of an expert's tiles' sums, in the tiles' order; a program takes some columns."""
     e = tl.program_id(0)
     each = tl.arange(0, E)
     tiles = (tl.load(offsets + each + 1) - tl.load(offsets + each) + ROWS - 1) // ROWS
     begin = tl.sum(tl.where(each < e, tiles, 0), 0)
     end = begin + tl.sum(tl.where(each == e, tiles, 0), 0)
-    f = tl.arange(0, F)
-    acc = tl.zeros((F,), tl.float32)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    acc = tl.zeros((BF,), tl.float32)
     for tile in range(begin, end, BK):
         at = tile + tl.arange(0, BK)
         acc += tl.sum(tl.load(partial + at[:, None] * F + f[None, :], (at < end)[:, None], 0.0), 0)
@@ -125,27 +124,28 @@ def _bias_gradient_kernel(
 
 @triton.jit
 def _combine_kernel(
-    rows, residual, out, numel,
+    rows, place, residual, out, numel,
     A: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Sum of each token's A rows, in slot order, in fp32, on top of the residual if any."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
-    source = rows + (at // D) * (A * D) + at % D
     acc = tl.zeros((BLOCK,), tl.float32)
     for a in tl.static_range(A):
-        acc += tl.load(source + a * D, inside, other=0.0).to(tl.float32)
+        row = tl.load(place + at // D * A + a, inside, other=0).to(tl.int64)
+        acc += tl.load(rows + row * D + at % D, inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         acc += tl.load(residual + at, inside, other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(tl.bfloat16), inside)
 
 
-def _combine(rows: Tensor, residual: Tensor | None, slots: int) -> Tensor:
-    dim = rows.shape[1]
-    out = rows.new_empty(rows.shape[0] // slots, dim)
+def _combine(
+    rows: Tensor, plan: DispatchPlan, residual: Tensor | None, like: Tensor, slots: int
+) -> Tensor:
+    out = torch.empty_like(like)
     _combine_kernel[(triton.cdiv(out.numel(), 2048),)](
-        rows, residual, out, out.numel(),
-        A=slots, D=dim, BLOCK=2048, RESIDUAL=residual is not None, num_warps=8,
+        rows, plan.place, residual, out, out.numel(),
+        A=slots, D=out.shape[1], BLOCK=2048, RESIDUAL=residual is not None, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -155,22 +155,27 @@ def _blocks(stack: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(stack.view(-1, stack.shape[2]), [rows, columns])
 
 
+def _tall(rows: Tensor, columns: int) -> TensorDescriptor:
+    """Rows of all tiles, which the copy engine writes in blocks of a tile."""
+    return TensorDescriptor.from_tensor(rows, [ROWS, columns])
+
+
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, w1, b1, w2, b2, weights, plan, residual):
         tokens, dim = x.shape
         slots, width = weights.shape[1], w1.shape[1]
         z = torch.empty(tokens * slots, width, dtype=torch.bfloat16, device=x.device)
-        y = torch.empty(tokens * slots, dim, dtype=torch.bfloat16, device=x.device)
+        y = x.new_empty(plan.tile_expert.numel() * ROWS, dim)
         _forward_kernel[(plan.tile_expert.numel(),)](
             x, _blocks(w1, width, FORWARD["BK"]), b1, _blocks(w2, FORWARD["BN"], width), b2,
-            weights, *plan.tiles, z, y,
+            weights, *plan.tiles, z, _tall(y, FORWARD["BN"]),
             D=dim, F=width, A=slots, ROWS=ROWS, **FORWARD,
         )  # fmt: skip
         ctx.save_for_backward(x, b1, b2, weights, z, *plan)
         ctx.stacks = w1, w2  # the parameters themselves: what is saved may come back as a copy
         ctx.has_residual = residual is not None
-        return _combine(y, residual, slots)
+        return _combine(y, plan, residual, x, slots)
 
     @staticmethod
     def backward(ctx: Any, dy):
@@ -182,11 +187,11 @@ class _RoutedExperts(torch.autograd.Function):
         slots, (experts, width) = weights.shape[1], b1.shape
         rows = Rows(torch.empty_like(z), torch.empty_like(z), x.new_empty(tokens * slots))
         dz_sums = weights.new_empty(plan.tile_expert.numel(), width)
-        dx_rows = torch.empty(tokens * slots, dim, dtype=torch.bfloat16, device=x.device)
+        dx_rows = x.new_empty(plan.tile_expert.numel() * ROWS, dim)
         dweight = torch.empty(tokens, slots, dtype=torch.float32, device=x.device)
         _backward_rows_kernel[(plan.tile_expert.numel(),)](
             dy, _blocks(w1, width, BACKWARD["BN"]), _blocks(w2, BACKWARD["BK"], width), b2, weights,
-            *plan.tiles, z, *rows, dz_sums, dx_rows, dweight,
+            *plan.tiles, z, *rows, dz_sums, _tall(dx_rows, BACKWARD["BN"]), dweight,
             D=dim, F=width, A=slots, COLUMNS=COLUMNS, ROWS=ROWS, **BACKWARD,
         )  # fmt: skip
         dw1 = dw2 = db2 = None
@@ -195,11 +200,12 @@ class _RoutedExperts(torch.autograd.Function):
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             dw2, db2 = down_gradient(dy, rows, w2, b2, plan, slots)
         db1 = torch.empty_like(b1)
-        _bias_gradient_kernel[(experts,)](
-            dz_sums, plan.offsets, db1, E=experts, F=width, ROWS=ROWS, BK=16
+        columns = min(width, 32)
+        _bias_gradient_kernel[(experts, width // columns)](
+            dz_sums, plan.offsets, db1, E=experts, F=width, BF=columns, ROWS=ROWS, BK=64
         )
         d_residual = dy if ctx.has_residual else None
-        dx = _combine(dx_rows, None, slots)
+        dx = _combine(dx_rows, plan, None, x, slots)
         return dx, dw1, db1, dw2, db2, dweight, None, d_residual
 
 

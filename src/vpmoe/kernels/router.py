@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from triton.language.extra import libdevice
 
-ROWS = 4  # tokens of a program
-WARPS = 4
+# Tokens of a program: one warp each, so that no maximum or sum waits for another warp.
+CHOOSE_ROWS = 2
+ROWS = 4
 
 
 class GroupChoice(NamedTuple):
@@ -246,18 +247,17 @@ def choose(
     counts, loads = tallies[:-1], tallies[-1]
     balance = new(tokens if documents is not None else 0)
     of_token, lengths, _ = documents or (None, None, 0)
-    grid = (triton.cdiv(tokens, ROWS),)
-    _choose_kernel[grid](
+    _choose_kernel[(triton.cdiv(tokens, CHOOSE_ROWS),)](
         logits, bias, expert_bias, of_token, scores, ids, weights, counts, loads,
         tokens, num_documents, choice.scaling,
         E=experts, G=choice.num_groups, KEPT=choice.num_kept, JUDGES=choice.num_judges,
         A=choice.count, SLOTS=triton.next_power_of_2(choice.count), HALVES=terms // experts,
-        BIAS=bias is not None, STATISTICS=documents is not None, ROWS=ROWS, num_warps=WARPS,
+        BIAS=bias is not None, STATISTICS=documents is not None, ROWS=CHOOSE_ROWS, num_warps=1,
     )  # fmt: skip
     if documents is not None:
-        _balance_kernel[grid](
+        _balance_kernel[(triton.cdiv(tokens, ROWS),)](
             scores, of_token, lengths, counts, balance, tokens, num_documents,
-            E=experts, A=choice.count, ROWS=ROWS, num_warps=WARPS,
+            E=experts, A=choice.count, ROWS=ROWS, num_warps=1,
         )  # fmt: skip
     return _Choice(scores, ids, weights, counts, loads, balance)
 
@@ -289,7 +289,7 @@ class _Route(torch.autograd.Function):
             scores, ids, d_weights.contiguous(), of_token, lengths, counts, balance, d_balance,
             d_logits, d_bias, tokens, num_documents, ctx.choice.scaling,
             E=experts, A=count, SLOTS=triton.next_power_of_2(count),
-            STATISTICS=ctx.documents is not None, ROWS=ROWS, num_warps=WARPS,
+            STATISTICS=ctx.documents is not None, ROWS=ROWS, num_warps=1,
         )  # fmt: skip
         dx = d_logits @ halves[:experts]
         dw = torch.mm(d_logits.T, x, out_dtype=torch.float32)
