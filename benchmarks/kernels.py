@@ -275,7 +275,7 @@ def main() -> None:
             torch.manual_seed(0)
             PARTS[name](tokens)
             torch.cuda.empty_cache()
-            write_results(args.out, ROWS)
+            write_results(args.out, ROWS, command="python -m benchmarks.kernels")
 
 
 if __name__ == "__main__":

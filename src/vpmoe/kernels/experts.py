@@ -106,16 +106,16 @@ def _backward_rows_kernel(
 @triton.jit
 def _bias_gradient_kernel(
     partial, offsets, out,
-    E: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+    E: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The sum of an expert's tiles' sums, in the tiles' order; a program takes some columns."""
+    """One program per expert: the sum of its tiles' sums, in the tiles' order."""
     e = tl.program_id(0)
     each = tl.arange(0, E)
     tiles = (tl.load(offsets + each + 1) - tl.load(offsets + each) + ROWS - 1) // ROWS
     begin = tl.sum(tl.where(each < e, tiles, 0), 0)
     end = begin + tl.sum(tl.where(each == e, tiles, 0), 0)
-    f = tl.program_id(1) * BF + tl.arange(0, BF)
-    acc = tl.zeros((BF,), tl.float32)
+    f = tl.arange(0, F)
+    acc = tl.zeros((F,), tl.float32)
     for tile in range(begin, end, BK):
         at = tile + tl.arange(0, BK)
         acc += tl.sum(tl.load(partial + at[:, None] * F + f[None, :], (at < end)[:, None], 0.0), 0)
@@ -200,9 +200,8 @@ class _RoutedExperts(torch.autograd.Function):
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             dw2, db2 = down_gradient(dy, rows, w2, b2, plan, slots)
         db1 = torch.empty_like(b1)
-        columns = min(width, 32)
-        _bias_gradient_kernel[(experts, width // columns)](
-            dz_sums, plan.offsets, db1, E=experts, F=width, BF=columns, ROWS=ROWS, BK=64
+        _bias_gradient_kernel[(experts,)](
+            dz_sums, plan.offsets, db1, E=experts, F=width, ROWS=ROWS, BK=16
         )
         d_residual = dy if ctx.has_residual else None
         dx = _combine(dx_rows, plan, None, x, slots)
