@@ -7,7 +7,11 @@ from vpmoe.errors import DataError
 from vpmoe.losses import (
     ConfidenceWeightedConfig,
     CrossEntropyConfig,
+    ForwardKLConfig,
+    GeneralizedJSDConfig,
     LossInputs,
+    RandomSamplingConfig,
+    ReverseKLConfig,
     SampledReverseKLConfig,
     span_means,
     span_scales,
@@ -21,6 +25,10 @@ CONFIGS = [
     ConfidenceWeightedConfig(chunk_rows=7),
     SampledReverseKLConfig(chunk_rows=7, importance="truncated", advantage_clip=2.0),
     SampledReverseKLConfig(chunk_rows=7, importance="plain"),
+    ForwardKLConfig(chunk_rows=7, label_weight=0.2),
+    ReverseKLConfig(chunk_rows=7, temperature=2.0),
+    GeneralizedJSDConfig(chunk_rows=7, against="hidden"),
+    RandomSamplingConfig(chunk_rows=7),
 ]
 
 
@@ -34,7 +42,22 @@ def rows(seed=0):
         content_mask=torch.rand(ROWS, generator=generator) > 0.4,
         teacher_logprobs=-4 * torch.rand(ROWS, generator=generator),
         rollout_logprobs=-4 * torch.rand(ROWS, generator=generator),
+        **teacher(generator),
     )
+
+
+def teacher(generator):
+    """Targets, four entries and a tail, and states with a head."""
+    mass = torch.randn(ROWS, 5, generator=generator, dtype=torch.float64).log_softmax(dim=1)
+    ids = torch.stack([torch.randperm(VOCAB, generator=generator)[:4] for _ in range(ROWS)])
+    return {
+        "target_ids": ids,
+        "target_logprobs": mass[:, :4],
+        "target_tail": mass[:, 4],
+        "row_weights": torch.rand(ROWS, generator=generator, dtype=torch.float64),
+        "teacher_hidden": torch.randn(ROWS, 3, generator=generator, dtype=torch.float64),
+        "teacher_head": torch.randn(VOCAB, 3, generator=generator, dtype=torch.float64),
+    }
 
 
 def step(config, inputs, parts):

@@ -23,7 +23,7 @@ from vpmoe.models.config import StudentConfig
 from vpmoe.models.student import build_student
 from vpmoe.stages import offline, score
 from vpmoe.stages.live import TaughtLoss, documents_of, head_of, states_of
-from vpmoe.stages.offline import OfflineConfig
+from vpmoe.stages.offline import OfflineConfig, store_lines
 from vpmoe.stages.score import ScoreConfig
 from vpmoe.teachers.local import LocalTeacherConfig
 from vpmoe.train.step import run_student
@@ -246,6 +246,30 @@ def test_stores_follow_one_another_by_tokens(stored):
 def test_what_does_not_fit_together_is_refused_by_the_config(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         stage_two(tmp_path, "2", **changes)
+
+
+def test_drawn_ids_teach(stored):
+    chosen = {"data": str(stored / "data"), "output": str(stored / "drawn"), "teacher": TEACHER}
+    chosen |= {"codec": {"kind": "sampled", "draws": 12}, "selection": {"fraction": 0.3}}
+    score.run(validate(ScoreConfig, chosen, source="test"))
+    changes = {"loss": {"kind": "random_sampling"}, "targets": {"path": str(stored / "drawn")}}
+    offline.run(stage_two(stored, "2-drawn", **changes))
+    rows = [row for row in kept(stored / "2-drawn") if "train/teacher_mass/final" in row]
+    assert rows
+    for row in rows:
+        assert row["train/teacher_mass/final"] == pytest.approx(1, abs=1e-5)
+        assert "train/kl_at_least/final" not in row
+
+
+def test_check_knows_a_store_that_lacks_what_the_loss_reads(stored):
+    given = {"path": str(stored / "top"), "share": 0.5}
+    (line,) = store_lines(stage_two(stored, "x", loss={"kind": "reverse_kl"}, targets=given))
+    assert "set_coded targets of teacher" in line
+    missing = {"path": str(stored / "nowhere")}
+    (line,) = store_lines(stage_two(stored, "x", loss={"kind": "reverse_kl"}, targets=missing))
+    assert "not scored yet" in line
+    with pytest.raises(DataError, match="holds log-probs alone"):
+        store_lines(stage_two(stored, "x", loss={"kind": "reverse_kl"}))
 
 
 @pytest.mark.parametrize(

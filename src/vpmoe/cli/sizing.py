@@ -108,18 +108,29 @@ def _stage_facts(config: Any) -> Facts:
         facts.append(
             (
                 "loss",
-                f"{config.loss.kind}, span weights reasoning {weights.reasoning}, "
+                f"{_loss_line(config.loss)}, span weights reasoning {weights.reasoning}, "
                 f"final {weights.final}",
             )
         )
     if getattr(config, "teacher", None) is not None:
         facts.append(("teacher", _named(config.teacher)))
-    for store in config.targets.in_turn if hasattr(config, "targets") else ():
-        until = f", up to {short(store.until_tokens)} tokens" if store.until_tokens else ""
-        facts.append(("targets", f"{store.path}{until}"))
+    if hasattr(config, "targets"):
+        from vpmoe.stages.offline import store_lines
+
+        facts += [("targets", line) for line in store_lines(config)]
     if config.student is not None:
         facts += _cost_facts(config)
     return facts
+
+
+def _loss_line(loss: Any) -> str:
+    """A loss with what was set otherwise than it is by default."""
+    changed = [
+        f"{name} {value}"
+        for name, value in loss
+        if name not in ("kind", "chunk_rows") and value != type(loss).model_fields[name].default
+    ]
+    return f"{loss.kind} ({', '.join(changed)})" if changed else loss.kind
 
 
 def _cost_facts(config: Any) -> Facts:

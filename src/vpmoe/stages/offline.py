@@ -28,8 +28,11 @@ from vpmoe.stages.base import (
 )
 from vpmoe.stages.live import TaughtLoss
 from vpmoe.stages.score import open_targets
+from vpmoe.storage.manifest import MANIFEST_NAME, read_manifest
 from vpmoe.teachers.base import TARGETS, TEACHER_HIDDEN
+from vpmoe.teachers.codecs import Codec
 from vpmoe.teachers.local import LocalTeacherConfig
+from vpmoe.teachers.shards import codec_of
 from vpmoe.teachers.store import TargetStore
 from vpmoe.train.device import World, world
 from vpmoe.train.hooks import Observer
@@ -234,24 +237,52 @@ def _distributions(store: TargetStore, loss: Loss) -> TargetStore | None:
     """The store, where the loss reads distributions from it.
 
     Raises:
-        DataError: If the store has none, or has likeliest ids where drawn ones are needed, or the
-            other way round.
+        DataError: If the store has none of the kind that the loss reads.
+    """
+    _require_served(store.path, store.codec, loss)
+    return store if TARGETS in loss.needs else None
+
+
+def _require_served(path: Path, codec: Codec, loss: Loss) -> None:
+    """Refuse a store that has no distributions, or drawn ids in place of the likeliest.
+
+    Raises:
+        DataError: Saying what the loss needs and what the store holds.
     """
     if TARGETS not in loss.needs:
-        return None
-    if not store.max_entries:
+        return
+    if not codec.max_entries:
         raise DataError(
-            f"the loss needs distributions, and target store {store.path} holds log-probs alone",
+            f"the loss needs distributions, and target store {path} holds log-probs alone",
             hint="score again with codec.kind = set_coded, or choose another loss",
         )
-    drawn = store.codec.needs == "draws"
+    drawn = codec.needs == "draws"
     if drawn != getattr(loss, "drawn", False):
         held, needed = ("drawn", "the likeliest") if drawn else ("the likeliest", "drawn")
         raise DataError(
-            f"the loss needs {needed} ids, and target store {store.path} holds {held} ones",
+            f"the loss needs {needed} ids, and target store {path} holds {held} ones",
             hint="loss.kind = random_sampling reads drawn ids, all other losses the likeliest",
         )
-    return store
+
+
+def store_lines(config: OfflineConfig) -> list[str]:
+    """Each store in a line, for `vpmoe check`; one that is not there yet is none to complain of.
+
+    Raises:
+        DataError: If a store is there and lacks what the loss reads.
+    """
+    lines, loss = [], config.loss.build()
+    for given in config.targets.in_turn:
+        said, manifest = "not scored yet", Path(given.path) / MANIFEST_NAME
+        if manifest.exists():
+            header = read_manifest(manifest)["header"]
+            codec = codec_of(header)
+            _require_served(Path(given.path), codec, loss)
+            kind = header.get("codec", {}).get("kind", "logprob")
+            said = f"{kind} targets of {header['teacher']['name']}"
+        until = f", for {given.until_tokens:,} tokens" if given.until_tokens else ""
+        lines.append(f"{given.path}  {said}{until}")
+    return lines
 
 
 def prepare(config: OfflineConfig, ranks: World) -> Prepared:
