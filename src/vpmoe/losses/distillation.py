@@ -1,6 +1,7 @@
 """What losses on a teacher's distribution share: where it comes from, temperature, label mix."""
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -81,18 +82,26 @@ class StoredDistillation(TargetLoss):
         super().__init__(temperature=config.temperature, chunk_rows=config.chunk_rows)
         self.config = config
 
-    def row_losses(self, student: StudentScores, rows: LossInputs) -> Float[Tensor, " rows"]:
-        """Divergence and cross-entropy of each row, weighted."""
+    def row_function(self, rows: LossInputs) -> RowFunction:
+        """What is done with a chunk of logits, given all rows at the loss's temperature."""
         assert rows.target_logprobs is not None  # `needs` was checked
-        teacher, tail = tempered(
+        entries, tail = tempered(
             rows.target_logprobs,
             stored_tail(rows.target_logprobs, rows.target_tail),
             temperature=self.config.temperature,
             vocab=rows.head_weight.shape[0],
         )
-        values = self.config.between_targets(teacher, tail, student.entries, student.tail)
-        share = self.config.label_weight
-        values = (1 - share) * self.config.temperature**2 * values
+        return super().row_function(replace(rows, target_logprobs=entries, target_tail=tail))
+
+    def row_losses(self, student: StudentScores, rows: LossInputs) -> Float[Tensor, " rows"]:
+        """Divergence and cross-entropy of each row, weighted."""
+        assert rows.target_logprobs is not None and rows.target_tail is not None
+        values = self.config.between_targets(
+            rows.target_logprobs, rows.target_tail, student.entries, student.tail
+        )
+        share, scale = self.config.label_weight, self.config.temperature**2
+        if share or scale != 1:
+            values = (1 - share) * scale * values
         return values - share * student.label if share else values
 
 

@@ -55,4 +55,5 @@ class RandomSampling(TargetLoss):
         assert rows.target_logprobs is not None  # `needs` was checked
         live = rows.target_logprobs > -torch.inf
         drawn = rows.target_logprobs.exp() * torch.where(live, student.entries, 0.0)
-        return -(1 - self.label_weight) * drawn.sum(dim=1) - self.label_weight * student.label
+        values = -(1 - self.label_weight) * drawn.sum(dim=1)
+        return values - self.label_weight * student.label if self.label_weight else values

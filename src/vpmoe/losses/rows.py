@@ -13,8 +13,6 @@ from vpmoe.losses.chunked import STUDENT_LOGPROBS, RowFunction, chunked_loss, la
 class RowLoss(StatelessLoss, ABC):
     """A loss with a row function of its own.
 
-    Its extras beyond the label's log-probability are logged under their names.
-
     Args:
         chunk_rows: Rows whose logits are held together; any value gives the same result.
     """
@@ -25,6 +23,11 @@ class RowLoss(StatelessLoss, ABC):
     @abstractmethod
     def row_function(self, rows: LossInputs) -> RowFunction:
         """What is done with a chunk of the rows' logits."""
+
+    def row_metrics(self, extras: dict[str, Tensor], rows: LossInputs) -> dict[str, Tensor]:
+        """Numbers of each row to be summed per span: the row function's extras as they are."""
+        del rows
+        return extras
 
     def __call__(self, inputs: LossInputs, span_scales: Float[Tensor, " span"]) -> LossOutput:
         """Sums and counts of one micro-batch, with the scalar to differentiate."""
@@ -38,5 +41,6 @@ class RowLoss(StatelessLoss, ABC):
             chunk_rows=self.chunk_rows,
         )
         extras = dict(result.extras)
-        metrics = label_metrics(extras.pop(STUDENT_LOGPROBS), rows) | extras
+        metrics = label_metrics(extras.pop(STUDENT_LOGPROBS), rows)
+        metrics |= self.row_metrics(extras, rows)
         return output_of(result.total, result.values, metrics, rows)

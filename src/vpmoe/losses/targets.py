@@ -5,7 +5,7 @@ together; the loss is plain PyTorch on these few numbers, and the way back to th
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +89,6 @@ def target_row_function(
     loss_function: TargetLossFunction,
     *,
     temperature: float = 1.0,
-    drawn: bool = False,
 ) -> RowFunction:
     r"""Row function of a loss that sees the student's entries, tail and label.
 
@@ -102,7 +101,6 @@ def target_row_function(
         inputs: The rows that the chunks are taken from; each id at most once per row.
         loss_function: Loss of each row.
         temperature: Divides the logits before the entries' and the tail's log-probs are taken.
-        drawn: Whether targets are weights of drawn ids, which say nothing for certain.
 
     References:
         own; "Stored targets" in docs/losses.md.
@@ -119,9 +117,9 @@ def target_row_function(
         found = read(logits, *places, power=power)
         norm = torch.logaddexp(found.rest, found.entries.logsumexp(dim=1))
         scores = _scores(found, norm, power)
-        extras = {STUDENT_LOGPROBS: scores.label, **_masses(found, norm, chunk)}
-        if not drawn:
-            extras |= _certainties(found, norm, chunk)
+        # Kept for `target_metrics`, which looks at all rows at once: a chunk costs launches.
+        extras = {STUDENT_LOGPROBS: scores.label}
+        extras |= {"entries": found.entries, "rest": found.rest, "least": found.least, "norm": norm}
         if coefficients is None:
             return RowResult(loss_function(scores, chunk), extras, None)
         values, slopes = _values_and_slopes(scores, chunk, loss_function)
@@ -156,70 +154,83 @@ def _places(chunk: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scores(found: Reading, norm: Tensor, power: float) -> StudentScores:
-    cool = power * found.entries
-    cool_norm = torch.logaddexp(found.cool_rest, cool.logsumexp(dim=1))
+    entries, cool_norm = found.entries, norm
+    if power != 1:
+        entries = power * found.entries
+        cool_norm = torch.logaddexp(found.cool_rest, entries.logsumexp(dim=1))
     return StudentScores(
         label=found.label - norm,
-        entries=cool - cool_norm[:, None],
+        entries=entries - cool_norm[:, None],
         tail=found.cool_rest - cool_norm,
     )
 
 
-def _masses(found: Reading, norm: Tensor, chunk: LossInputs) -> dict[str, Tensor]:
-    """What the entries hold of either distribution, at temperature 1."""
-    assert chunk.target_logprobs is not None
-    return {
-        "teacher_mass": chunk.target_logprobs.exp().sum(dim=1),
-        "student_mass": (found.entries - norm[:, None]).exp().sum(dim=1),
-    }
+def target_metrics(
+    extras: Mapping[str, Tensor], rows: LossInputs, *, drawn: bool
+) -> dict[str, Tensor]:
+    """What the entries hold of either distribution, and what is certain of the KL, temperature 1.
 
+    Args:
+        extras: Of `target_row_function`.
+        rows: With the targets as they were stored.
+        drawn: Whether they are weights of drawn ids, which say nothing for certain.
 
-def _certainties(found: Reading, norm: Tensor, chunk: LossInputs) -> dict[str, Tensor]:
-    """What is known for certain about the divergence, at temperature 1."""
-    assert chunk.target_logprobs is not None
-    teacher, tail = chunk.target_logprobs, stored_tail(chunk.target_logprobs, chunk.target_tail)
-    student, student_tail = found.entries - norm[:, None], found.rest - norm
-    both = [
-        torch.cat([e, t[:, None]], dim=1) for e, t in ((teacher, tail), (student, student_tail))
-    ]
-    cap = torch.zeros_like(tail) if chunk.target_cap is None else chunk.target_cap
-    return {
+    References:
+        own; "How much is not seen" in docs/losses.md.
+    """
+    assert rows.target_logprobs is not None
+    norm, teacher = extras["norm"], rows.target_logprobs
+    student, student_tail = extras["entries"] - norm[:, None], extras["rest"] - norm
+    masses = {"teacher_mass": teacher.exp().sum(dim=1), "student_mass": student.exp().sum(dim=1)}
+    if drawn:
+        return masses
+    tail = stored_tail(teacher, rows.target_tail)
+    pairs = ((teacher, tail), (student, student_tail))
+    both = [torch.cat([entries, rest[:, None]], dim=1) for entries, rest in pairs]
+    cap = torch.zeros_like(tail) if rows.target_cap is None else rows.target_cap
+    return masses | {
         "kl_at_least": forward_kl(*both),
-        "unseen_kl_at_most": unseen_kl_bound(tail, cap, student_tail, found.least - norm),
+        "unseen_kl_at_most": unseen_kl_bound(tail, cap, student_tail, extras["least"] - norm),
     }
 
 
 def _values_and_slopes(
     scores: StudentScores, chunk: LossInputs, loss_function: TargetLossFunction
-) -> tuple[Tensor, StudentScores]:
-    """Loss of each row, and its derivatives by what it read of the student."""
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Loss of each row, and its derivatives by label, entries and tail; None where it read none."""
     with torch.enable_grad():
         leaves = {name: value.detach().requires_grad_() for name, value in vars(scores).items()}
         values = loss_function(StudentScores(**leaves), chunk)
-        slopes = torch.autograd.grad(
-            values.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
-        )
-    return values.detach(), StudentScores(*slopes)
+        slopes = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+    return values.detach(), list(slopes)
 
 
 def _writing(
     found: Reading,
     norm: Tensor,
     scores: StudentScores,
-    slopes: StudentScores,
+    slopes: list[Tensor | None],
     coefficients: Tensor,
     power: float,
 ) -> Writing:
     """The chain rule from what was read of the student to its logits."""
-    entries_total = slopes.entries.sum(dim=1)
-    total = entries_total + slopes.tail
+    label_slopes, entry_slopes, tail_slopes = slopes
+    zeros = torch.zeros_like(norm)
+    if entry_slopes is None:
+        entry_slopes = torch.zeros_like(scores.entries)
+    tail_slopes = zeros if tail_slopes is None else tail_slopes
+    shares = scores.entries.exp()
+    entries_total = entry_slopes.sum(dim=1)
     cool = power * coefficients
-    label = coefficients * slopes.label
-    entries = cool[:, None] * (slopes.entries - scores.entries.exp() * total[:, None])
-    entries = entries - label[:, None] * (found.entries - norm[:, None]).exp()
+    total = entries_total + tail_slopes
+    entries = cool[:, None] * (entry_slopes - shares * total[:, None])
     # g_T - r_S G, without the difference of nearly equal numbers where the tail is nearly all.
-    mass = scores.entries.exp().sum(dim=1)
-    tail = cool * (slopes.tail * mass - scores.tail.exp() * entries_total)
+    tail = cool * (tail_slopes * shares.sum(dim=1) - scores.tail.exp() * entries_total)
+    label = zeros
+    if label_slopes is not None:
+        label = coefficients * label_slopes
+        whole = shares if power == 1 else (found.entries - norm[:, None]).exp()
+        entries = entries - label[:, None] * whole
     return Writing(entries, label, tail, found.cool_rest, -label, norm)
 
 
@@ -298,6 +309,8 @@ class TargetLoss(RowLoss):
 
     def row_function(self, rows: LossInputs) -> RowFunction:
         """What is done with a chunk of logits."""
-        return target_row_function(
-            rows, self.row_losses, temperature=self.temperature, drawn=self.drawn
-        )
+        return target_row_function(rows, self.row_losses, temperature=self.temperature)
+
+    def row_metrics(self, extras: dict[str, Tensor], rows: LossInputs) -> dict[str, Tensor]:
+        """`target_metrics`."""
+        return target_metrics(extras, rows, drawn=self.drawn)
