@@ -22,7 +22,7 @@ from benchmarks.common import RESULTS
 from torch import Tensor
 
 VOCAB = 201_088
-POSITIONS = 32
+POSITIONS = 64
 SEED = 0
 CODES = {"k": 128, "exact_k": 16, "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"]}
 BUDGET = {"k": 50, "exact_k": 1, "polynomial_terms": [0, 1, "sqrt"]}
@@ -51,7 +51,7 @@ def teachers() -> dict[str, Tensor]:
 
 
 def rebuilt_kl(teacher: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor | None) -> float:
-    """Mean KL(teacher || entries + the rest spread evenly), nats; mass beyond one is scaled away."""
+    """Mean KL(teacher || entries and an even rest), nats; mass beyond one is scaled away."""
     logprobs = logprobs.double()
     mass = logprobs.exp().sum(1)
     if tail is None:
@@ -134,7 +134,7 @@ def own_codecs(shape: str, teacher: Tensor) -> list[dict[str, Any]]:
 
 
 def loss_rows(kit: Any, given: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Value and gradient by the logits of each loss, beside the exact KL's, at temperatures 1 and 2.
+    """Value and gradient of each loss beside the exact KL's, at temperatures 1 and 2.
 
     The student is the teacher with noise of one nat and a tail that is twice as heavy.
     """
@@ -145,7 +145,7 @@ def loss_rows(kit: Any, given: dict[str, Tensor]) -> list[dict[str, Any]]:
         student = 0.8 * teacher + noise
         top = teacher.topk(128, dim=1)
         for temperature in (1.0, 2.0):
-            exact = _of(lambda z, t=teacher, T=temperature: _dense(z, t, T), student)
+            exact = _of(lambda z, t=teacher, tau=temperature: _dense(z, t, tau), student)
             for name, function in losses(kit, top.indices, top.values, temperature).items():
                 value, gradient = _of(function, student)
                 rows.append(
@@ -155,9 +155,7 @@ def loss_rows(kit: Any, given: dict[str, Tensor]) -> list[dict[str, Any]]:
                         "temperature": temperature,
                         "value": value,
                         "exact_value": exact[0],
-                        "gradient_error": float(
-                            (gradient - exact[1]).norm() / exact[1].norm()
-                        ),
+                        "gradient_error": float((gradient - exact[1]).norm() / exact[1].norm()),
                     }
                 )
     return rows

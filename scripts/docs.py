@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from distillation_page import PICTURE, draw
 from results_page import results_page
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -147,6 +148,8 @@ def main(words: list[str]) -> int:
         else:
             path.write_text(text, encoding="utf-8")
             print(f"docs/{name} written")
+    if not check:
+        draw(RESULTS, DOCS / PICTURE)
     return 1 if check and stale else 0
 
 

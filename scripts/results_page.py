@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from distillation_page import distillation_text, distillkit_text
+
 STAGES = {
     "teacher": "teacher",
     "baseline": "baseline: cross-entropy alone",
@@ -26,6 +28,8 @@ def results_page(results: Path) -> str:
     parts = ["# Results", INTRO]
     parts += ["## The demo", _demo_text(demos)] if demos else []
     parts += ["## Real rows", _real_text(real)] if real else []
+    parts += ["## Targets and losses", distillation_text(results)]
+    parts += ["## Beside DistillKit", distillkit_text(results)]
     parts += ["## The dataset builder", _builder_text(_read(results / "data-build.json"))]
     parts += ["## The demo's teacher", _teacher_text(_read(results / "demo-teacher.json"))]
     return "\n\n".join(parts) + "\n"
