@@ -129,6 +129,9 @@ class LocalTeacherConfig(Config):
 class LocalTeacher:
     """A loaded model that scores, and for comparisons also answers.
 
+    Everything runs without gradients, but not in PyTorch's inference mode, whose tensors a loss
+    could not keep; one mode also means that layers are compiled once.
+
     Args:
         model: In evaluation mode, on its device.
         identity: Who it is.
@@ -161,7 +164,7 @@ class LocalTeacher:
         self._head = FusedHead(weight, chunk_rows) if fused else Head(weight.float(), chunk_rows)
         self._max_len = int(getattr(model.config, "max_position_embeddings", 2**31))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probabilities of every token after the first, given the tokens before it.
 
@@ -181,7 +184,7 @@ class LocalTeacher:
         scored = self._oversimilar_lengths(sequences, lambda h, y, _: (self._head.logprobs(h, y),))
         return [logprobs.numpy() for (logprobs,) in scored]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score_top(self, sequences: Sequence[np.ndarray], k: int) -> list[TopScores]:
         """As `score`, with the K likeliest ids at every place.
 
@@ -198,7 +201,7 @@ class LocalTeacher:
             for logprobs, ids, top in found
         ]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score_sampled(
         self, sequences: Sequence[np.ndarray], num_draws: int, seed: int, *, power: float = 1.0
     ) -> list[SampledScores]:
@@ -237,7 +240,7 @@ class LocalTeacher:
         """Output embedding, one row per known id, ascending, in the network's dtype."""
         return output_head(self._model).weight.detach()
 
-    @torch.no_grad()  # inference tensors could not be used in a loss
+    @torch.no_grad()
     def hidden(self, sequences: Sequence[np.ndarray]) -> list[Float[Tensor, "places teacher_dim"]]:
         """Final normed states of each sequence but for its last token, on the teacher's device.
 
@@ -275,7 +278,7 @@ class LocalTeacher:
         found = self._oversimilar_lengths(sequences, lambda h, *_: (h,), to=device, layers=layers)
         return [states for (states,) in found]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def complete(self, prompts: Sequence[np.ndarray], *, max_new_tokens: int) -> list[np.ndarray]:
         """Greedy completions, each up to and including its stop token.
 
