@@ -159,7 +159,7 @@ def test_other_architectures_with_the_vocabulary(tmp_path, name, attention, ids)
 
 @pytest.mark.gpu
 def test_a_gpu_names_the_same_ids(teacher_folder, teacher, tables):
-    sequences, _ = tables
+    sequences = [sequence for sequence in tables[0] if len(sequence) > 1]
     on_gpu = build(teacher_folder, device="cuda")
     for ours, expected in zip(
         on_gpu.score_top(sequences, 6), teacher.score_top(sequences, 6), strict=True

@@ -173,6 +173,19 @@ def test_packed_and_compiled_equals_the_reference(dtype, most, mean):
         assert (flat(draws[0], "ids") == flat(draws[1], "ids")).mean() > 0.95
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_packed_and_compiled(name):
+    subset = VocabSubset(SUBSET)
+    models = [other_model(name, len(SUBSET), head_dim=16, num_hidden_layers=2) for _ in range(2)]
+    reference = LocalTeacher(models[0], identity=IDENTITY, subset=subset)
+    packed = LocalTeacher(models[1].to("cuda"), identity=IDENTITY, subset=subset, fused=True)
+    sequences = random_sequences([3, 200, 57, 1, 128, 777])
+    expected, found = reference.score_top(sequences, 10), packed.score_top(sequences, 10)
+    for name in ("logprobs", "top_logprobs"):
+        np.testing.assert_allclose(flat(found, name), flat(expected, name), atol=2e-4)
+
+
 @needs_gpu[0]
 @needs_gpu[1]
 @pytest.mark.parametrize("vocab", [1, 63, 65, 1_000, 8_193, 201_088])

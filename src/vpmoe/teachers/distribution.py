@@ -99,7 +99,7 @@ class Head:
         logprobs = hidden.new_empty(uniforms.shape, dtype=torch.float32)
         for rows, logits in self._chunks(hidden):
             out[rows], norm = self._read(logits, tokens[rows])
-            ids[rows] = _invert((logits - norm[:, None]).mul_(power), uniforms[rows])
+            ids[rows] = invert((logits - norm[:, None]).mul_(power), uniforms[rows])
             logprobs[rows] = logits.gather(1, ids[rows]) - norm[:, None]
         return out, ids, logprobs
 
@@ -179,10 +179,15 @@ def _first(
     return 2**32 - 1 - (keys.topk(k, dim=1).values & (2**32 - 1))
 
 
-def _invert(
+def invert(
     logits: Float32[Tensor, "rows vocab"], uniforms: Float64[Tensor, "rows draws"]
 ) -> Int64[Tensor, "rows draws"]:
-    """Where the cumulative distribution passes each uniform number."""
+    """Where the cumulative distribution passes each uniform number.
+
+    References:
+        own.
+    """
     below = logits.softmax(dim=1, dtype=torch.float64).cumsum_(dim=1)
-    found = torch.searchsorted(below, uniforms * below[:, -1:], right=True)
-    return found.clamp_max_(logits.shape[1] - 1)
+    total = below[:, -1:]
+    target = (uniforms * total).minimum(total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(below, target, right=True)

@@ -3,6 +3,9 @@
 import hashlib
 
 import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
 
 
 def uniforms(sequence: np.ndarray, *, num_draws: int, seed: int) -> np.ndarray:
@@ -19,30 +22,28 @@ def uniforms(sequence: np.ndarray, *, num_draws: int, seed: int) -> np.ndarray:
 
 
 def weighted(
-    ids: np.ndarray, logprobs: np.ndarray, *, power: float
-) -> tuple[np.ndarray, np.ndarray]:
+    ids: Int64[Tensor, "places draws"], logprobs: Float32[Tensor, "places draws"], *, power: float
+) -> tuple[Int64[Tensor, "places draws"], Float32[Tensor, "places draws"]]:
     """Each drawn id once, and the log of its weight: how often it came up, times p over p^power.
 
     Args:
-        ids: [places, draws], ascending along each place.
-        logprobs: [places, draws], of the ids at power 1.
+        ids: Ascending along each place.
+        logprobs: Of the ids at power 1.
         power: Of the probabilities that they were drawn from.
 
     Returns:
-        int32 and float32 [places, draws]: ids at the front, then 0; log-weights that add up to one,
-        then -inf.
+        Ids at the front, then 0; log-weights that add up to one, then -inf.
+
+    References:
+        Anshumann et al., "Sparse Logit Sampling" (ACL 2025), arXiv:2503.16870.
     """
-    places, draws = ids.shape
-    first = np.ones((places, draws), dtype=bool)
+    first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    row, column = np.nonzero(first)
-    place = np.cumsum(first, axis=1)[row, column] - 1
-    ends = np.append(column[1:], draws)
-    ends[np.append(row[1:] != row[:-1], True)] = draws
-    log_weights = np.full((places, draws), -np.inf)
-    log_weights[row, place] = np.log(ends - column) + (1 - power) * logprobs[row, column]
-    if draws:
-        log_weights -= np.logaddexp.reduce(log_weights, axis=1, keepdims=True)
-    once = np.zeros((places, draws), dtype=np.int32)
-    once[row, place] = ids[row, column]
-    return once, log_weights.astype(np.float32)
+    entry = first.cumsum(dim=1) - 1  # which of the different ids each draw is
+    once = torch.zeros_like(ids).scatter_(1, entry, ids)
+    zeros = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
+    counts = zeros.scatter_add(1, entry, torch.ones_like(zeros))
+    theirs = zeros.scatter(1, entry, logprobs.double())
+    log_weights = counts.log() + (1 - power) * theirs
+    log_weights -= log_weights.logsumexp(dim=1, keepdim=True)
+    return once, log_weights.float()

@@ -155,8 +155,8 @@ class PackedNetwork:
 
         device = self._model.device
         stacked = np.stack([row.tokens, row.positions, row.documents])
-        tokens, positions, documents = _on_device(stacked, device)
-        places = _on_device(row.places, device)
+        tokens, positions, documents = on_device(stacked, device)
+        places = on_device(row.places, device)
         scopes = {w: block_scope(documents[None], window_size=w) for w in self._windows}
         hidden = self._model.base_model(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, scopes=scopes
@@ -227,7 +227,7 @@ def _windows(model: "PreTrainedModel") -> list[int | None]:
     return [None] if window is None else [None, int(window)]
 
 
-def _on_device(array: np.ndarray, device: torch.device) -> Tensor:
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
     """Without waiting for what the GPU is doing."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -34,7 +34,7 @@ from vpmoe.teachers.checkpoint import (
 )
 from vpmoe.teachers.distribution import Head
 from vpmoe.teachers.draws import uniforms, weighted
-from vpmoe.teachers.fused import FusedHead, PackedNetwork, fill_rows
+from vpmoe.teachers.fused import FusedHead, PackedNetwork, fill_rows, on_device
 from vpmoe.vocabulary import STOP_TOKENS, VocabSubset
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class LocalTeacher:
             DataError: If a sequence is empty or uses tokens that the teacher does not know.
             TeacherError: If a sequence is longer than the teacher's positions reach.
         """
-        scored = self._oversimilar_lengths(sequences, lambda h, y, _: (self._head.logprobs(h, y),))
+        scored = self._over_batches(sequences, lambda h, y, _: (self._head.logprobs(h, y),))
         return [logprobs.numpy() for (logprobs,) in scored]
 
     @torch.no_grad()
@@ -195,7 +195,7 @@ class LocalTeacher:
         Raises:
             TeacherError: If the teacher does not know K tokens; see also `score`.
         """
-        found = self._oversimilar_lengths(sequences, lambda h, y, _: self._head.top(h, y, k))
+        found = self._over_batches(sequences, lambda h, y, _: self._head.top(h, y, k))
         return [
             TopScores(logprobs.numpy(), self._ids_of(ids.numpy()).astype(np.int32), top.numpy())
             for logprobs, ids, top in found
@@ -218,22 +218,21 @@ class LocalTeacher:
             Anshumann et al., "Sparse Logit Sampling" (ACL 2025), arXiv:2503.16870. Difference: one
             draw in each of `num_draws` equal parts of the distribution, which never varies more.
         """
-
         if num_draws < 1:
             raise TeacherError(f"asked for {num_draws} draws at a place", hint="give at least 1")
 
         def draw(hidden: Tensor, labels: Tensor, members: list[int]) -> tuple[Tensor, ...]:
             chances = [uniforms(sequences[i], num_draws=num_draws, seed=seed) for i in members]
-            places = torch.from_numpy(np.concatenate(chances)).to(hidden.device)
-            return self._head.drawn(hidden, labels, places, power=power)
+            places = on_device(np.concatenate(chances), hidden.device)
+            logprobs, ids, drawn = self._head.drawn(hidden, labels, places, power=power)
+            return logprobs, *weighted(ids, drawn, power=power)
 
-        return [
-            SampledScores(
-                logprobs.numpy(),
-                *weighted(self._ids_of(ids.numpy()), drawn.numpy(), power=power),
-            )
-            for logprobs, ids, drawn in self._oversimilar_lengths(sequences, draw)
-        ]
+        out = []
+        for logprobs, once, log_weights in self._over_batches(sequences, draw):
+            used, ids = torch.isfinite(log_weights).numpy(), self._ids_of(once.numpy())
+            ids = np.where(used, ids, 0).astype(np.int32)
+            out.append(SampledScores(logprobs.numpy(), ids, log_weights.numpy()))
+        return out
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab teacher_dim"]:
@@ -249,7 +248,7 @@ class LocalTeacher:
             TeacherError: As `score`.
         """
         device = self._model.device
-        return [h for (h,) in self._oversimilar_lengths(sequences, lambda h, *_: (h,), to=device)]
+        return [h for (h,) in self._over_batches(sequences, lambda h, *_: (h,), to=device)]
 
     @property
     def width(self) -> int:
@@ -275,7 +274,7 @@ class LocalTeacher:
                 f"asked for layers {list(layers)} of a teacher with {self.num_layers}"
             )
         device = self._model.device
-        found = self._oversimilar_lengths(sequences, lambda h, *_: (h,), to=device, layers=layers)
+        found = self._over_batches(sequences, lambda h, *_: (h,), to=device, layers=layers)
         return [states for (states,) in found]
 
     @torch.no_grad()
@@ -335,7 +334,7 @@ class LocalTeacher:
     def _ids_of(self, rows: np.ndarray) -> np.ndarray:
         return rows if self.subset is None else self.subset.ids[rows]
 
-    def _oversimilar_lengths(
+    def _over_batches(
         self,
         sequences: Sequence[np.ndarray],
         read: _Read,
