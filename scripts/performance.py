@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from performance_teacher import teacher_scoring
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGE = REPOSITORY / "docs" / "performance.md"
@@ -187,7 +189,9 @@ def profile() -> str:
 
 def main() -> None:
     """Write the page, or compare it."""
-    page = "\n\n".join([INTRO, whole_model(), kernels(), router_programs(), profile()]) + "\n"
+    scoring = teacher_scoring(load("teacher-scoring"), table)
+    regions = [whole_model(), kernels(), router_programs(), profile(), scoring]
+    page = "\n\n".join([INTRO, *regions]) + "\n"
     if "--check" in sys.argv[1:]:
         if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
             sys.exit(f"{PAGE.relative_to(REPOSITORY)} is stale: run python scripts/performance.py")
