@@ -35,14 +35,14 @@ from vpmoe.teachers.checkpoint import (
 from vpmoe.teachers.distribution import Head
 from vpmoe.teachers.draws import uniforms, weighted
 from vpmoe.teachers.fused import FusedHead, PackedNetwork, fill_rows, on_device
-from vpmoe.vocabulary import STOP_TOKENS, VocabSubset
+from vpmoe.vocabulary import STOP_TOKENS, VOCAB_SIZE, VocabSubset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # float32 logits in a chunk, whatever the vocabulary: 32 MiB are reused by the allocator of a CPU,
-# while a GPU wants large products.
-_LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**28}
+# while a GPU wants large products: 2,048 rows of the whole vocabulary were measured.
+_LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2_048 * VOCAB_SIZE}
 
 
 # From the states of a forward's places, the token after each, and the sequences they belong to, in
