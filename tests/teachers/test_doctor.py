@@ -187,7 +187,6 @@ def eighth_bits(teacher: LocalTeacher) -> Wrapped:
     """The same network with weights of eight bits."""
     for weight in teacher._model.parameters():
         weight.data = weight.data.to(torch.float8_e4m3fn).to(weight.dtype)
-    teacher._head_weight = teacher._model.get_output_embeddings().weight.detach().float()
     return Wrapped(teacher)
 
 

@@ -33,7 +33,9 @@ def evaluate(
     from vpmoe.cli.sizing import facts
     from vpmoe.config import apply_overrides, read_tree, validate
     from vpmoe.evals.checkpoint import evaluate_checkpoint
+    from vpmoe.evals.noise import read_noise
     from vpmoe.evals.suite import EvalConfig
+    from vpmoe.storage.runs import read_config
 
     tree = apply_overrides(read_tree(suite) if suite else {}, overrides or [])
     if not tree.get("data") and not tree.get("problems"):
@@ -48,7 +50,9 @@ def evaluate(
         print_json(found)
         return
     _print_losses(found.get("heldout", {}))
-    print_facts([*_facts(found), ("data", config.data or "none"), ("report", str(path))])
+    noise = read_noise(path.parent, read_config(path.parent) or {})
+    floor = noise.of("k3") if noise else None
+    print_facts([*_facts(found, floor), ("data", config.data or "none"), ("report", str(path))])
 
 
 def _own_data(checkpoint: Path) -> str:
@@ -72,7 +76,7 @@ def _print_losses(heldout: Mapping[str, Any]) -> None:
     print_table(["nats/token", "tokens", *names], rows)
 
 
-def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(found: Mapping[str, Any], floor: float | None) -> list[tuple[str, str]]:
     model = found["model"]
     facts = [("model", ", ".join(f"{key} {value}" for key, value in model.items()))]
     if "exact_match" in found:
@@ -91,7 +95,10 @@ def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "teacher_gap" in found:
         gap = found["teacher_gap"]
         k3, tokens = gap["k3"]["all"], gap["token_counts"]["all"]
-        facts.append(("reverse KL", f"{k3:.4f} nats per token to the teacher, {tokens:,} tokens"))
+        noise = "" if floor is None else f", noise floor {floor:.1e}"
+        facts.append(
+            ("reverse KL", f"{k3:.4f} nats per token to the teacher, {tokens:,} tokens{noise}")
+        )
     return facts
 
 

@@ -1,13 +1,14 @@
 """`vpmoe teacher`: what a teacher is worth before it is paid for."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vpmoe.cli.grammar import ConfigFile, Json, Overrides, Verbs
-from vpmoe.cli.render import console, print_facts, print_json
-from vpmoe.errors import CheckFailedError
+from vpmoe.cli.grammar import ConfigFile, Json, Overrides, Overwrite, Verbs
+from vpmoe.cli.render import console, print_facts, print_json, print_table
+from vpmoe.errors import CheckFailedError, RunError
 
 app = typer.Typer(cls=Verbs, rich_markup_mode=None, help="Examine a teacher before using it.")
 
@@ -50,6 +51,47 @@ def doctor(
         )
     if not as_json:
         print_facts([("ok", f"{subject.config.kind} teacher, {len(subject.documents)} sequences")])
+
+
+@app.command()
+def noise(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    sequences: Annotated[
+        int, typer.Option("--sequences", min=1, help="Conversations that are measured on.")
+    ] = 16,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write, over the usual place.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what a KL is when student and teacher are the same.
+
+    The floor of every divergence by every path: states, codecs of the target store, a server, in
+    float32 and bfloat16. It is kept in noise.json beside the targets or the run, where `vpmoe
+    report` and `vpmoe eval` find it.
+    """
+    from vpmoe.cli.kinds import load_any
+    from vpmoe.stages.examine_teacher import subject_of
+    from vpmoe.stages.noise import measure_noise, noise_path, write_noise
+
+    settings = load_any(config, overrides or [])
+    path = out or noise_path(settings)
+    if path.exists() and not overwrite:
+        raise RunError(f"{path} is already there", hint="add --overwrite, or choose another --out")
+    found = measure_noise(subject_of(settings, sequences=sequences))
+    write_noise(found, path)
+    if as_json:
+        print_json(found)
+        return
+    dtypes = list(dict.fromkeys(floor["dtype"] for floor in found["floors"]))
+    rows: dict[tuple[str, str], list[str]] = {}
+    for floor in found["floors"]:
+        rows.setdefault((floor["path"], floor["loss"]), []).append(f"{floor['nats']:.1e}")
+    cells = [[f"{loss}, {by}", *values] for (by, loss), values in sorted(rows.items())]
+    print_table(["nats/token", *dtypes], cells)
+    print_facts([("labels", f"{found['labels']:,}"), ("noise", str(path))])
 
 
 def _print_findings(findings: list) -> None:

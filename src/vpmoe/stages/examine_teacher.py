@@ -85,10 +85,11 @@ def subject_of(config: Any, *, sequences: int) -> Subject:
     path = getattr(teacher, "path", "")
     whole = not path or read_vocab(Path(path)) is None
     render = RenderConfig(system=whole)
-    return Subject(teacher, _made_up(sequences, render), render, None, k)
+    return Subject(teacher, made_up(sequences, render), render, None, k)
 
 
-def _made_up(count: int, render: RenderConfig) -> list[Document]:
+def made_up(count: int, render: RenderConfig) -> list[Document]:
+    """Conversations about generated problems, for a teacher without a dataset."""
     renderer, documents = Renderer(render), []
     for problem in generate(count, seed=7):
         messages = (
@@ -129,7 +130,7 @@ def examine_subject(
     examined: Teacher = teacher or subject.config.build()
     named = getattr(subject.config, "reference", None)
     reference = reference or (named.build() if named else None)
-    findings = [*before, *examine(_case(subject, examined, reference, tolerance_nats))]
+    findings = [*before, *examine(case_of(subject, examined, reference, tolerance_nats))]
     if isinstance(examined, ServerTeacher):
         longest = max(len(_asked(document.tokens[:-1], subject)) for document in subject.documents)
         findings += check_server(examined, subject.config, longest=longest)
@@ -143,9 +144,14 @@ def _checked(name: str, check: Callable[[], Finding]) -> Finding:
         return Finding(name, "failed", error.message)
 
 
-def _case(
+def case_of(
     subject: Subject, teacher: Teacher, reference: Teacher | None, tolerance_nats: float
 ) -> Examination:
+    """The questions that a teacher is examined with, cut to what it takes.
+
+    Raises:
+        DataError: If no conversation is short enough.
+    """
     asked, lens, others = [], [], []
     limit = min(MAX_TOKENS, getattr(teacher, "max_len", MAX_TOKENS))
     has_effort = subject.effort is not None or subject.render.system

@@ -188,3 +188,26 @@ def test_running_mean_and_short_numbers():
     assert [short_number(v) for v in (0.25, 12, 1_500, 12_500_000, 8e9)] == [
         "0.25", "12", "1.5K", "12.5M", "8B",
     ]  # fmt: skip
+
+
+def test_a_kl_is_shown_with_its_noise_floor(tmp_path):
+    run = make_run(tmp_path / "run", steps=20, correct=2, learning_rate=1e-3)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"loss": {"kind": "forward_kl"}}))
+    report = json.loads((run / "eval-step-000020.json").read_text())
+    report["teacher_gap"] = {"k3": {"all": 0.25}, "token_counts": {"all": 9}}
+    (run / "eval-step-000020.json").write_text(json.dumps(report))
+    floors = [
+        {"loss": "k3", "path": "log-probs", "dtype": "float32", "nats": 2e-5},
+        {"loss": "forward_kl", "path": "states", "dtype": "float32", "nats": 1e-6},
+        {"loss": "forward_kl", "path": "store", "dtype": "bfloat16", "nats": -3e-4},
+    ]
+    (run / "noise.json").write_text(json.dumps({"schema": "vpmoe_noise_v1", "floors": floors}))
+    read = Resources()
+    read.feed(write_report([run], tmp_path / "report").page.read_text())
+    text = re.sub(r"\s+", " ", read.text)
+    assert "nats per token, noise 2.0e-05" in text
+    assert "noise floor of the loss" in text and "3.0e-04" in text
+    (run / "noise.json").write_text("{}")
+    with pytest.raises(RunError, match="holds no noise floors"):
+        write_report([run], tmp_path / "report")

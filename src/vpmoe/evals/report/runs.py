@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vpmoe.errors import RunError
+from vpmoe.evals.noise import NoiseFloors, read_noise
 from vpmoe.storage.runs import CONFIG_FILE, METRICS_FILE
 
 EVAL_GLOB = "eval-*.json"
@@ -24,6 +25,7 @@ class RunData:
         metrics: One flat dict per logged step, in order.
         evals: Evaluation reports, oldest first.
         manifest: Provenance of the newest checkpoint, empty when there is none.
+        noise: What a KL is when there is nothing to find; None where nobody measured it.
     """
 
     name: str
@@ -31,6 +33,7 @@ class RunData:
     metrics: tuple[dict[str, Any], ...]
     evals: tuple[dict[str, Any], ...]
     manifest: dict[str, Any]
+    noise: NoiseFloors | None = None
 
     def series(self, *names: str) -> tuple[list[float], list[float]]:
         """Tokens seen and values of the first of `names` that the run logged.
@@ -109,12 +112,14 @@ def _read_run(folder: Path, name: str) -> RunData:
             hint="a report needs a run directory that was trained or evaluated",
         )
     manifests = sorted(folder.glob(MANIFEST_GLOB))
+    config = _read_json(config_path) if config_path.is_file() else {}
     return RunData(
         name=name,
-        config=_read_json(config_path) if config_path.is_file() else {},
+        config=config,
         metrics=metrics,
         evals=tuple(evals),
         manifest=_read_json(manifests[-1]) if manifests else {},
+        noise=read_noise(folder, config),
     )
 
 

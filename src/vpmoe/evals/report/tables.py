@@ -42,6 +42,7 @@ def summary(runs: Sequence[RunData]) -> list[Column]:
         _column(runs, "held-out loss, reasoning", -1, _heldout_loss("reasoning")),
         _column(runs, "held-out loss, final", -1, _heldout_loss("final")),
         _column(runs, "reverse KL to the teacher", -1, _teacher_gap),
+        _column(runs, "noise floor of the loss", 0, _loss_floor),
         _column(runs, "tokens per answer", 0, _length),
         _column(runs, "student tokens", 0, _tokens),
         _column(runs, "tokens / s", 0, _speed),
@@ -94,7 +95,18 @@ def _teacher_gap(run: RunData) -> tuple[float | None, Cell]:
     value = run.measured("teacher_gap", "k3", "all")
     if value is None:
         return None, Cell(ABSENT)
-    return value, Cell(f"{value:.3f}", note="nats per token")
+    floor = run.noise.of("k3") if run.noise else None
+    note = "nats per token" if floor is None else f"nats per token, noise {floor:.1e}"
+    return value, Cell(f"{value:.3f}", note=note)
+
+
+def _loss_floor(run: RunData) -> tuple[float | None, Cell]:
+    """What the run's own divergence would be at least, were the student its teacher."""
+    kind = str((run.config.get("loss") or {}).get("kind", ""))
+    floor = run.noise.of(kind) if run.noise else None
+    if floor is None:
+        return None, Cell(ABSENT)
+    return floor, Cell(f"{floor:.1e}", note=f"nats per token, {kind.replace('_', ' ')}")
 
 
 def _length(run: RunData) -> tuple[float | None, Cell]:
