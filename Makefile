@@ -1,5 +1,5 @@
 # The whole developer interface. Every target makes .venv first when it is missing or out of date.
-.PHONY: setup demo test check docs test-slow test-gpu
+.PHONY: setup demo test check docs test-slow test-teacher test-gpu
 
 export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE  # without compiled files megatron-core takes ten seconds to import
@@ -29,6 +29,10 @@ docs: setup    ## write the generated pages
 
 test-slow: setup    ## tests over ten seconds, random kills among them
 	@$(pytest) -q -m "slow and not gpu and not multi_gpu and not network"
+
+test-teacher: setup    ## tests against a real vLLM server, on a CPU, in an environment of its own
+	@scripts/setup_teacher.sh
+	@$(pytest) -q -m teacher_server
 
 test-gpu: setup    ## tests that need one GPU; with more, also the ones that need several
 	@$(pytest) -q -m "gpu or multi_gpu"
