@@ -259,7 +259,7 @@ def test_end_to_end_with_a_kill_in_the_middle(folder, server, tiny, capsys):
     assert main.run(["train", str(stage_two)]) == 0
     losses = [row["train/loss/final"] for row in read_metrics(folder / "run")]
     print("loss:", [round(loss, 3) for loss in losses])
-    assert losses[-1] < losses[0]
+    assert len(losses) == 6 and np.mean(losses[3:]) < np.mean(losses[:3])
     assert main.run(["eval", str(folder / "run"), "documents=4", "prompts=0", "--json"]) == 0
 
 

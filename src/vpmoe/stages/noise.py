@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from vpmoe.errors import DataError, TeacherError
@@ -59,8 +60,8 @@ def measure_noise(subject: Subject, *, dtypes: Sequence[str] = STUDENT_DTYPES) -
     """The noise floor of every divergence by every path, ready for JSON.
 
     The student is the teacher's own checkpoint in this process: the local teacher, or the
-    `reference` of a server. All divergences of `OfflineLossConfig` and all top-K codecs of
-    `CodecConfig` take part.
+    `reference` of a server. All divergences of `OfflineLossConfig` take part, and all
+    codecs of `CodecConfig` that keep as many ids as the config asks for.
 
     Args:
         subject: The teacher's config and conversations.
@@ -155,7 +156,10 @@ class _Opinions:
         for member in get_args(get_args(CodecConfig)[0]):
             if "k" not in member.model_fields:
                 continue
-            codec = member(k=self.k).build()
+            try:
+                codec = member(k=self.k).build()
+            except ValidationError:
+                continue  # it cannot hold so few ids
             if codec.needs != "top" or codec.asked != self.k:
                 continue
             columns = codec.encode(self.entries, places)
