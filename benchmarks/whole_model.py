@@ -58,7 +58,8 @@ def row_of(what: str, tokens: int, times: Times, **more: Any) -> dict[str, Any]:
     row = {"what": what, "tokens": tokens, **summary}
     if tokens:
         row["tokens_per_s"] = round(tokens / summary["ms"] * 1e3)
-    row |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1), **more}
+    # Reserved, not allocated: a captured pass holds its memory without owning tensors.
+    row |= {"peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1), **more}
     print(row, flush=True)
     return row
 
