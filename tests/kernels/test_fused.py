@@ -36,7 +36,7 @@ def parameters_of(function):
     return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
 
-@pytest.mark.parametrize("name", ["attend", "moe", "route", "require"])
+@pytest.mark.parametrize("name", ["add_norm", "heads", "attend", "moe", "route", "require"])
 def test_fused_and_reference_take_the_same_arguments(name):
     assert {f.name for f in fields(Kernels)} >= {name}
     assert parameters_of(getattr(FUSED, name)) == parameters_of(getattr(REFERENCE, name))

@@ -21,7 +21,6 @@ from vpmoe.cli import (
     profile,
     report,
     score,
-    targets,
     teacher,
     train,
 )
@@ -49,7 +48,6 @@ ORDER = [
     "data",
     "teacher",
     "score",
-    "targets",
     "train",
     "profile",
     "eval",
@@ -105,7 +103,6 @@ for name, verb in {
 }.items():
     app.command(name)(verb)
 app.add_typer(data.app, name="data")
-app.add_typer(targets.app, name="targets")
 app.add_typer(teacher.app, name="teacher")
 
 

@@ -7,15 +7,18 @@ from typing import Any
 import torch
 import torch._dynamo
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpmoe.errors import ConfigError
 from vpmoe.kernels import attention
+from vpmoe.models.attention.base import Attention, QueriesKeysValues
 from vpmoe.models.attention.sink import AttentionScope, attend_reference
 from vpmoe.models.config import StudentConfig
 from vpmoe.models.experts import ExpertWeights
 from vpmoe.models.kernels import Kernels
 from vpmoe.models.mlp import Activation
+from vpmoe.models.norm import RmsNorm
+from vpmoe.models.positions import Rotation
 from vpmoe.models.router import DeepseekV3Config, MoeStatistics, Router, Segments
 
 MAX_EXPERTS = 256  # one program holds all scores of a token
@@ -44,6 +47,78 @@ def scope_fused(scope: AttentionScope) -> AttentionScope | attention.PackedScope
     if scope.documents is None:
         return scope
     return attention.packed_scope(scope.documents, window_size=scope.window_size)
+
+
+def add_norm_fused(
+    norm: RmsNorm,
+    stream: Float[Tensor, "batch seq dim"],
+    inputs: Float[Tensor, "batch seq width"] | None = None,
+    projection: nn.Linear | None = None,
+    *,
+    readers: int = 1,
+) -> tuple[Tensor, ...]:
+    """The stream with an update, and its normed states for each reader, in one pass.
+
+    References:
+        own; see `kernels.norms.add_norm`.
+    """
+    from vpmoe.kernels.norms import add_norm
+
+    update = bias = None
+    if inputs is not None and projection is not None:
+        update, bias = nn.functional.linear(inputs, projection.weight), projection.bias
+    return add_norm(stream, update, bias, norm.gamma, eps=norm.eps, readers=readers)
+
+
+def heads_fused(
+    attention: Attention,
+    hidden: Float[Tensor, "batch seq dim"],
+    rotation: Rotation | None,
+    first_values: Float[Tensor, "batch seq kv_heads dim"] | None,
+) -> QueriesKeysValues:
+    """Queries, keys and values as attention takes them: one product, then one kernel.
+
+    One wide product reads the states once, and its gradient needs no sum over the projections;
+    narrow ones, a few columns for the mixtures, are far slower than their size on a GPU.
+
+    References:
+        own; see `kernels.heads.heads`.
+    """
+    from vpmoe.kernels.heads import HeadShape, Turns, heads
+
+    parts, sizes = attention.projections(), attention.shape
+    mixtures = [part.mixture for part in parts if part.mixture is not None]
+    weights = [part.vectors.weight for part in parts] + [m.weight for m in mixtures]
+    shape = HeadShape(
+        sizes.num_heads,
+        sizes.num_kv_heads,
+        sizes.head_dim,
+        parts[0].rank,
+        parts[1].rank,
+        attention.q_norm is not None,
+    )
+    unused = shape.row - sum(weight.shape[0] for weight in weights)
+    weights.append(hidden.new_zeros(unused, hidden.shape[-1]))
+    rows = nn.functional.linear(hidden, torch.cat(weights))
+    counts = sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads
+    small = [
+        _or_zeros(part.bias, rows, count * sizes.head_dim)
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    small += [_or_zeros(m.bias, rows, m.out_features) for m in mixtures]
+    norms = attention.q_norm, attention.k_norm
+    small += [rows.new_ones(sizes.head_dim) if n is None else n.gamma for n in norms]
+    turns = residual = None
+    if rotation is not None:
+        tables = rotation.cosines.detach(), rotation.sines.detach()
+        turns = Turns(*tables, rotation.positions, rotation.frequencies)
+    if attention.value_lambda is not None and first_values is not None:
+        residual = first_values, attention.value_lambda
+    return heads(rows, torch.cat(small), turns, residual, shape=shape, eps=sizes.norm_eps)
+
+
+def _or_zeros(bias: Tensor | None, like: Tensor, size: int) -> Tensor:
+    return like.new_zeros(size) if bias is None else bias
 
 
 def attend_fused(
@@ -188,6 +263,8 @@ def _not_power(name: str, value: int, *, low: int, high: int) -> list[tuple[str,
 
 
 FUSED = Kernels(
+    add_norm=add_norm_fused,
+    heads=heads_fused,
     attend=attend_fused,
     moe=moe_fused,
     route=route_fused,

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpmoe.errors import ConfigError
+from vpmoe.models.attention.base import QueriesKeysValues, heads_reference
 from vpmoe.models.attention.sink import AttentionScope, attend_reference
 from vpmoe.models.experts import moe_reference
+from vpmoe.models.norm import add_norm_reference
 from vpmoe.models.router import route_reference
 
 KernelsName = Literal["reference", "fused"]
@@ -21,6 +23,8 @@ class Kernels:
     """One implementation of everything that a faster one may replace.
 
     Attributes:
+        add_norm: Same arguments and result as `add_norm_reference`.
+        heads: Same arguments and result as `heads_reference`.
         attend: Same arguments and result as `attend_reference`, but for the scope.
         moe: Same arguments and result as `moe_reference`.
         route: Same arguments and result as `route_reference`.
@@ -30,6 +34,8 @@ class Kernels:
         require: Refuses students, devices and dtypes that it does not compute.
     """
 
+    add_norm: Callable[..., tuple[Tensor, ...]]
+    heads: Callable[..., QueriesKeysValues]
     attend: Callable[..., Tensor]
     moe: Callable[..., Tensor]
     route: Callable[..., Any]
@@ -48,6 +54,8 @@ def _anything(config: Any, *, device: torch.device | str, dtype: torch.dtype) ->
 
 
 REFERENCE = Kernels(
+    add_norm=add_norm_reference,
+    heads=heads_reference,
     attend=attend_reference,
     moe=moe_reference,
     route=route_reference,

@@ -132,14 +132,20 @@ class Moe(nn.Module):
     def add_routed(
         self,
         stream: Float[Tensor, "batch seq dim"],
+        for_router: Float[Tensor, "batch seq dim"],
         hidden: Float[Tensor, "batch seq dim"],
         segments: Segments | None,
     ) -> tuple[Float[Tensor, "batch seq dim"], MoeStatistics | None]:
-        """The residual stream with the routed experts' outputs, and where the tokens went."""
-        rows = hidden.flatten(0, 1)
-        expert_ids, expert_weights, statistics = self.kernels.route(self.router, rows, segments)
+        """The residual stream with the routed experts' outputs, and where the tokens went.
+
+        Router and experts read the same states, given twice so that a kernel may add up their
+        gradients.
+        """
+        expert_ids, expert_weights, statistics = self.kernels.route(
+            self.router, for_router.flatten(0, 1), segments
+        )
         out = self.kernels.moe(
-            rows,
+            hidden.flatten(0, 1),
             expert_ids,
             expert_weights,
             self.experts.weights,

@@ -29,6 +29,31 @@ def rms_norm(
     return (wide * scale * gamma).to(values.dtype)
 
 
+def add_norm_reference(
+    norm: "RmsNorm",
+    stream: Float[Tensor, "batch seq dim"],
+    inputs: Float[Tensor, "batch seq width"] | None = None,
+    projection: nn.Linear | None = None,
+    *,
+    readers: int = 1,
+) -> tuple[Tensor, ...]:
+    """The residual stream with what a layer adds to it, and its normed states for each reader.
+
+    Args:
+        norm: Of the stream.
+        stream: The stream so far.
+        inputs: What `projection` maps to the update; None for no update.
+        projection: The layer's last map.
+        readers: How often the normed states are returned; a kernel may add up their gradients.
+
+    References:
+        own; see `rms_norm`.
+    """
+    if inputs is not None and projection is not None:
+        stream = stream + projection(inputs)
+    return stream, *[norm(stream)] * readers
+
+
 class RmsNorm(nn.Module):
     """RMS normalisation over the last axis with a learned gain `gamma`."""
 

@@ -4,7 +4,7 @@ Angles, sines and cosines are always float32 or wider: bfloat16 angles are wrong
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,21 @@ from torch import Tensor, nn
 from vpmoe.config import Config
 from vpmoe.models.norm import widened
 
-Rotation = tuple[Float[Tensor, "batch seq half"], Float[Tensor, "batch seq half"]]
+
+class Rotation(NamedTuple):
+    """What queries and keys are turned by, and what it was made from.
+
+    Attributes:
+        cosines: Of every position's angles, float32 or wider.
+        sines: The same.
+        positions: Place of each token in its document.
+        frequencies: Radians per token.
+    """
+
+    cosines: Float[Tensor, "batch seq half"]
+    sines: Float[Tensor, "batch seq half"]
+    positions: Int[Tensor, "batch seq"]
+    frequencies: Float[Tensor, " half"]
 
 
 class YarnConfig(Config):
@@ -128,7 +142,8 @@ def rotation_of(
         Su et al., "RoFormer" (2021), arXiv:2104.09864.
     """
     angles = positions[..., None].to(frequencies.dtype) * frequencies  # (B, T, H/2)
-    return angles.cos() * attention_factor, angles.sin() * attention_factor
+    cosines, sines = angles.cos() * attention_factor, angles.sin() * attention_factor
+    return Rotation(cosines, sines, positions, frequencies)
 
 
 def rotate(
@@ -139,7 +154,7 @@ def rotate(
     References:
         Su et al., "RoFormer" (2021), arXiv:2104.09864. Difference: half-split pairs.
     """
-    cosines, sines = (table[:, :, None] for table in rotation)  # (B, T, 1, H/2)
+    cosines, sines = (table[:, :, None] for table in rotation[:2])  # (B, T, 1, H/2)
     first, second = widened(vectors).chunk(2, dim=-1)
     turned = (first * cosines - second * sines, second * cosines + first * sines)
     return torch.cat(turned, dim=-1).to(vectors.dtype)

@@ -44,7 +44,7 @@ class StudentOutput:
     states: tuple[Float[Tensor, "batch seq dim"], ...] = ()
 
 
-LayerResult = tuple[Tensor, Tensor, MoeStatistics | None]
+LayerResult = tuple[Tensor, Tensor | None, MoeStatistics | None]
 
 
 class Layer(nn.Module):
@@ -85,13 +85,14 @@ class Layer(nn.Module):
         shared_weight: Tensor | None,
         cache: LayerCache | None,
     ) -> LayerResult:
-        """The stream after the layer, its values before mixing, and routing statistics."""
+        """The stream after the layer, values for later layers, and routing statistics."""
         # A cache grows by a token per call: nothing to compile for.
         dense = self.kernels.region(dense_part) if cache is None else dense_part
         hidden, normed, values = dense(self, hidden, first_values, view, shared_weight, cache)
         if not isinstance(self.mlp, Moe):
             return hidden, values, None
-        hidden, statistics = self.mlp.add_routed(hidden, normed, segments)
+        for_router, for_experts = normed
+        hidden, statistics = self.mlp.add_routed(hidden, for_router, for_experts, segments)
         return hidden, values, statistics
 
 
@@ -102,18 +103,21 @@ def dense_part(
     view: LayerView,
     shared_weight: Tensor | None,
     cache: LayerCache | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer without its routed experts: the stream, the experts' input, the layer's values.
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """A layer without its routed experts: the stream, their inputs, values for other layers.
 
     References:
         own.
     """
-    mixed, values = layer.attention(layer.attention_norm(hidden), view, first_values, cache)
-    hidden = hidden + mixed
-    normed = layer.mlp_norm(hidden)
-    if isinstance(layer.mlp, Moe):
-        return layer.mlp.add_shared(hidden, normed, shared_weight), normed, values
-    return hidden + layer.mlp(normed), normed, values
+    add_norm, attention, mlp = layer.kernels.add_norm, layer.attention, layer.mlp
+    hidden, normed = add_norm(layer.attention_norm, hidden)
+    gathered, values = attention.gather(normed, view, first_values, cache)
+    if not isinstance(mlp, Moe):
+        hidden, normed = add_norm(layer.mlp_norm, hidden, gathered, attention.o_proj)
+        return hidden + mlp(normed), (), values
+    readers = 2 if mlp.shared is None else 3
+    hidden, *normed = add_norm(layer.mlp_norm, hidden, gathered, attention.o_proj, readers=readers)
+    return mlp.add_shared(hidden, normed[-1], shared_weight), tuple(normed[:2]), values
 
 
 class Student(nn.Module):
@@ -265,7 +269,7 @@ class Student(nn.Module):
                 tallies.append(statistics.tokens_per_expert)
         self._tally(tallies)
         return StudentOutput(
-            self.final_norm(hidden),
+            self.kernels.add_norm(self.final_norm, hidden)[1],
             balance,
             0 if segments is None else segments.num_documents,
             tuple(states[number] for number in keep_layers),
@@ -297,6 +301,7 @@ class Student(nn.Module):
                 position.rotation(positions),
                 position.slopes,
                 self.kernels.attend,
+                self.kernels.heads,
             )
         return views
 

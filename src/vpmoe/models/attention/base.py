@@ -22,6 +22,51 @@ QueriesKeysValues = tuple[
 
 
 @dataclass(frozen=True)
+class Projection:
+    """Where one of queries, keys and values comes from.
+
+    Attributes:
+        vectors: Map from states to heads, or to the vectors that heads are mixed from.
+        bias: Added to the heads.
+        mixture: Map from states to each head's coefficients, heads outermost; None where `vectors`
+            gives the heads themselves.
+        rank: Vectors that heads are mixed from; 0 without mixture.
+    """
+
+    vectors: nn.Linear
+    bias: Tensor | None
+    mixture: nn.Linear | None = None
+    rank: int = 0
+
+
+def heads_reference(
+    attention: "Attention",
+    hidden: Float[Tensor, "batch seq dim"],
+    rotation: Rotation | None,
+    first_values: Float[Tensor, "batch seq kv_heads head_dim"] | None,
+) -> QueriesKeysValues:
+    """Queries, keys and values as attention takes them.
+
+    Args:
+        attention: The layer, with its projections, biases, norms and lambda.
+        hidden: Normed states.
+        rotation: What queries and keys are turned by, or None.
+        first_values: The first layer's values, which layers with a lambda mix in.
+
+    References:
+        own; see `Attention`, `rotate` and `mix_values`.
+    """
+    queries, keys, values = attention.project(hidden)
+    if attention.q_norm is not None and attention.k_norm is not None:
+        queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    if rotation is not None:
+        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+    if attention.value_lambda is not None and first_values is not None:
+        values = mix_values(values, first_values, attention.value_lambda)
+    return queries, keys, values
+
+
+@dataclass(frozen=True)
 class AttentionShape:
     """What all attention layers of a student have in common.
 
@@ -50,12 +95,14 @@ class LayerView:
         rotation: Cosines and sines, or None.
         slopes: Distance penalties per head, or None.
         attend: The attention function: the reference or a kernel equal to it.
+        heads: What makes queries, keys and values for it: the reference or a kernel equal to it.
     """
 
     scope: Any
     rotation: Rotation | None
     slopes: Float[Tensor, " heads"] | None
     attend: Callable[..., Tensor]
+    heads: Callable[..., QueriesKeysValues] = heads_reference
 
 
 class Attention(nn.Module, ABC):
@@ -78,8 +125,35 @@ class Attention(nn.Module, ABC):
         self.value_lambda = nn.Parameter(torch.ones(1)) if shape.is_mixed else None
 
     @abstractmethod
+    def projections(self) -> tuple[Projection, Projection, Projection]:
+        """Where queries, keys and values come from."""
+
+    @abstractmethod
     def project(self, hidden: Float[Tensor, "batch seq dim"]) -> QueriesKeysValues:
         """Queries, keys and values of each token, biases added."""
+
+    def gather(
+        self,
+        hidden: Float[Tensor, "batch seq dim"],
+        view: LayerView,
+        first_values: Float[Tensor, "batch seq kv_heads head_dim"] | None,
+        cache: LayerCache | None = None,
+    ) -> tuple[
+        Float[Tensor, "batch seq width"], Float[Tensor, "batch seq kv_heads head_dim"] | None
+    ]:
+        """What the output projection takes, and values for later layers to mix in.
+
+        Layers that mix in those of another have none to give.
+        """
+        make = heads_reference if cache is not None else view.heads
+        queries, keys, values = make(self, hidden, view.rotation, first_values)
+        own_values = values if self.value_lambda is None else None
+        if cache is not None:
+            keys, values = cache.extend(keys, values)
+        gathered = view.attend(
+            queries, keys, values, view.scope, sinks=self.sinks, slopes=view.slopes
+        )
+        return gathered.flatten(2), own_values
 
     def forward(
         self,
@@ -87,22 +161,10 @@ class Attention(nn.Module, ABC):
         view: LayerView,
         first_values: Float[Tensor, "batch seq kv_heads head_dim"] | None,
         cache: LayerCache | None = None,
-    ) -> tuple[Float[Tensor, "batch seq dim"], Float[Tensor, "batch seq kv_heads head_dim"]]:
-        """What attention adds to the residual stream, and the layer's values before mixing."""
-        queries, keys, own_values = self.project(hidden)
-        if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        if view.rotation is not None:
-            queries, keys = rotate(queries, view.rotation), rotate(keys, view.rotation)
-        values = own_values
-        if self.value_lambda is not None and first_values is not None:
-            values = mix_values(own_values, first_values, self.value_lambda)
-        if cache is not None:
-            keys, values = cache.extend(keys, values)
-        gathered = view.attend(
-            queries, keys, values, view.scope, sinks=self.sinks, slopes=view.slopes
-        )
-        return self.o_proj(gathered.flatten(2)), own_values
+    ) -> tuple[Float[Tensor, "batch seq dim"], Float[Tensor, "batch seq kv_heads head_dim"] | None]:
+        """What attention adds to the residual stream, and values for later layers to mix in."""
+        gathered, values = self.gather(hidden, view, first_values, cache)
+        return self.o_proj(gathered), values
 
 
 def mix_values(

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vpmoe.config import Config
-from vpmoe.models.attention.base import Attention, AttentionShape, QueriesKeysValues
+from vpmoe.models.attention.base import Attention, AttentionShape, Projection, QueriesKeysValues
 from vpmoe.models.mlp import Linear
 from vpmoe.models.positions import GrapeAConfig, PositionConfig
 
@@ -39,6 +39,14 @@ class Gqa(Attention):
         self.q_proj = Linear(dim, shape.num_heads * shape.head_dim, bias=bias)
         self.k_proj = Linear(dim, shape.num_kv_heads * shape.head_dim, bias=bias)
         self.v_proj = Linear(dim, shape.num_kv_heads * shape.head_dim, bias=bias)
+
+    def projections(self) -> tuple[Projection, Projection, Projection]:
+        """Where queries, keys and values come from."""
+        return (
+            Projection(self.q_proj, self.q_proj.bias),
+            Projection(self.k_proj, self.k_proj.bias),
+            Projection(self.v_proj, self.v_proj.bias),
+        )
 
     def project(self, hidden: Float[Tensor, "batch seq dim"]) -> QueriesKeysValues:
         """Queries, keys and values of each token, biases added."""

@@ -8,9 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vpmoe.config import Config
-from vpmoe.models.attention.base import Attention, AttentionShape, QueriesKeysValues
+from vpmoe.models.attention.base import Attention, AttentionShape, Projection, QueriesKeysValues
 from vpmoe.models.mlp import Linear
-from vpmoe.models.norm import widened
 from vpmoe.models.positions import GrapeMConfig, PositionConfig
 
 
@@ -51,11 +50,7 @@ def contract(
     """
     heads = mixture.unflatten(-1, (-1, rank))  # (B, T, N, R)
     of_rank = vectors.unflatten(-1, (rank, -1))  # (B, T, R, H)
-    if not torch.compiler.is_compiling():
-        return (heads @ of_rank) / rank
-    # A compiler merges sums of products with what follows; tiny matrix products it cannot.
-    terms = [widened(heads[..., r, None]) * widened(of_rank[..., None, r, :]) for r in range(rank)]
-    return (sum(terms[1:], terms[0]) / rank).to(heads.dtype)
+    return (heads @ of_rank) / rank
 
 
 class Tpa(Attention):
@@ -83,6 +78,14 @@ class Tpa(Attention):
             self.q_bias = nn.Parameter(torch.zeros(heads * shape.head_dim))
             self.k_bias = nn.Parameter(torch.zeros(kv_heads * shape.head_dim))
             self.v_bias = nn.Parameter(torch.zeros(kv_heads * shape.head_dim))
+
+    def projections(self) -> tuple[Projection, Projection, Projection]:
+        """Where queries, keys and values come from."""
+        return (
+            Projection(self.q_b, self.q_bias, self.q_a, self.q_rank),
+            Projection(self.k_b, self.k_bias, self.k_a, self.rank),
+            Projection(self.v_b, self.v_bias, self.v_a, self.rank),
+        )
 
     def project(self, hidden: Float[Tensor, "batch seq dim"]) -> QueriesKeysValues:
         """Queries, keys and values of each token, biases added."""
