@@ -1,8 +1,9 @@
 """A GPT-OSS-architecture model with the whole vocabulary, trained for minutes on the SYNTH sample.
 
 No weights of a large teacher are at hand where the codecs are measured. A small model that has
-read the sample many times is as sure of most tokens of it as a good teacher is of new text, and
-unsure of the others: the shape that decides how many bytes a distribution needs.
+read a part of the sample many times is as sure of most tokens of it as a good teacher is of new
+text, and unsure of the others: the shape that decides how many bytes a distribution needs. It is
+measured at several moments of its training, on what it has read and on what it has not.
 
     python -m benchmarks.codec_teacher OUT --seconds 120
 """
@@ -49,12 +50,14 @@ def config(hidden: int, layers: int) -> GptOssConfig:
 
 
 @torch.no_grad()
-def positions(model, dataset: Dataset, count: int, *, seed: int) -> dict[str, np.ndarray]:
+def positions(
+    model, dataset: Dataset, count: int, *, seed: int, limit: int | None = None
+) -> dict[str, np.ndarray]:
     """Distributions at `count` trained labels: entropies, likeliest ids, draws, all in float64."""
     rng = np.random.default_rng(seed)
     found: dict[str, list[torch.Tensor]] = {}
     have = 0
-    for index in rng.permutation(len(dataset)):
+    for index in rng.permutation(limit or len(dataset)):
         document = dataset.conversation(int(index))
         trained = np.flatnonzero(document.span_ids != Span.IGNORE)
         place = torch.from_numpy(rng.choice(trained, min(16, len(trained)), replace=False))
@@ -92,6 +95,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--positions", type=int, default=1_000)
+    parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--data", type=Path, default=Path("data/tiny-real"))
     args = parser.parse_args()
     settings = load(Path("configs/data/tiny-real.toml"), DataConfig, [f"output={args.data}"])
@@ -103,9 +107,10 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=args.device == "cuda"
     )
-    loader = PackedLoader(train, seq_len=1_024, seed=0)
+    known = frozenset(train.sample_ids[: args.documents])
+    loader = PackedLoader(train, seq_len=1_024, seed=0, only=known)
     args.out.mkdir(parents=True, exist_ok=True)
-    started, step, log, marks = time.perf_counter(), 0, [], [0.35, 1.0]
+    started, step, log, marks = time.perf_counter(), 0, [], [0.4, 0.6, 0.8, 1.0]
     while marks:
         used = (time.perf_counter() - started) / args.seconds
         scale = min(1.0, (step + 1) / 50) * max(0.05, 0.5 + 0.5 * math.cos(math.pi * min(used, 1)))
@@ -130,8 +135,8 @@ def main() -> None:
         if used >= marks[0]:
             name = f"after_{round(marks.pop(0) * 100)}"
             model.eval()
-            for split, dataset in (("train", train), ("valid", valid)):
-                made = positions(model, dataset, args.positions, seed=1)
+            for split, dataset, limit in (("train", train, args.documents), ("valid", valid, None)):
+                made = positions(model, dataset, args.positions, seed=1, limit=limit)
                 np.savez_compressed(args.out / f"{name}_{split}.npz", **made)
                 print(name, split, {k: float(made[k].mean()) for k in ("entropy", "label_logprob")})
             model.train()

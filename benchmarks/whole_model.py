@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ def row_of(what: str, tokens: int, times: Times, **more: Any) -> dict[str, Any]:
     row = {"what": what, "tokens": tokens, **summary}
     if tokens:
         row["tokens_per_s"] = round(tokens / summary["ms"] * 1e3)
-    row |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1), **more}
+    # Reserved, not allocated: a captured pass holds its memory without owning tensors.
+    row |= {"peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1), **more}
     print(row, flush=True)
     return row
 
@@ -73,19 +75,19 @@ class Trainee:
     config: Any
     row: int = 0
 
-    def micro_batches(self, tokens: int, count: int) -> list[Any]:
-        """The stream's next rows."""
-        rows = tokens // SEQ
-        batches = [self.loader.batch(self.row + i * rows, rows) for i in range(count)]
-        self.row += rows * count
-        return batches
+    def micro_batches(self, tokens: int, slots: int) -> list[Any]:
+        """The stream's next slots in micro-batches of so many tokens; the last may be smaller."""
+        rows, end = tokens // SEQ, self.row + slots // SEQ
+        begins = range(self.row, end, rows)
+        self.row = end
+        return [self.loader.batch(begin, min(rows, end - begin)) for begin in begins]
 
-    def step(self, tokens: int, count: int) -> tuple[int, dict[str, float]]:
+    def step(self, tokens: int, slots: int) -> tuple[int, dict[str, float]]:
         """One optimizer step; tokens of documents, and seconds of its parts."""
         from vpmoe.train.step import apply_gradients, sum_gradients
 
         marks = [time.perf_counter()]
-        batches = self.micro_batches(tokens, count)
+        batches = self.micro_batches(tokens, slots)
         marks.append(time.perf_counter())
         summed = sum_gradients(self.replica, batches, self.loss, self.config)
         torch.cuda.synchronize()
@@ -173,11 +175,11 @@ def ours(args: argparse.Namespace) -> Rows:
     with trainee(args) as it:
         least, *more = sorted(args.tokens)
         for _ in range(args.warm_steps):
-            it.step(least, 2)
+            it.step(least, 2 * least)
         names = ("train/loss/reasoning", "router/max_load_pct", "router/dead_experts")
         print({name: it.metrics.get(name) for name in names}, flush=True)
         warmed = {"optimizer_steps_before": args.warm_steps, **it.busiest()}
-        yield from whole_steps(it, args, least)
+        yield from whole_steps(it, args)
         yield optimizer_row(it, least)
         yield from passes(it, args, least, warmed)
         it.replica.optimizer = None
@@ -188,7 +190,7 @@ def ours(args: argparse.Namespace) -> Rows:
 
 def passes(it: Trainee, args: argparse.Namespace, tokens: int, warmed: dict[str, Any]) -> Rows:
     """One micro-batch, launched and replayed."""
-    batch = it.micro_batches(tokens, 1)[0]
+    batch = it.micro_batches(tokens, tokens)[0]
     free()
     per_token = activation_bytes(it, batch) / batch.num_tokens / args.layers
     more = warmed | {"activation_kb_per_token_and_layer": round(per_token / 1e3, 1)}
@@ -221,7 +223,7 @@ def optimizer_row(it: Trainee, tokens: int) -> dict[str, Any]:
     """One step of NorMuon and AdamW over all parameters, with the load of the last step."""
     from vpmoe.train.step import sum_gradients
 
-    sum_gradients(it.replica, it.micro_batches(tokens, 1), it.loss, it.config)
+    sum_gradients(it.replica, it.micro_batches(tokens, tokens), it.loss, it.config)
     counts = it.replica.sum_expert_counts()
     free()
     times = launch_times(lambda: it.replica.update(1e-3, counts), repetitions=5)
@@ -231,14 +233,15 @@ def optimizer_row(it: Trainee, tokens: int) -> dict[str, Any]:
     return row_of("NorMuon + AdamW step", 0, times, **more, momentum="bfloat16")
 
 
-def whole_steps(it: Trainee, args: argparse.Namespace, tokens: int) -> Rows:
+def whole_steps(it: Trainee, args: argparse.Namespace) -> Rows:
     """524,288 slots: data, micro-batches, float32 sums, norms, optimizer, router biases."""
-    count = STEP_TOKENS // tokens
-    it.step(tokens, 2)
-    free()
+    tokens = args.step_tokens
+    for slots in (tokens, STEP_TOKENS % tokens):
+        if slots:  # every shape is launched twice, then captured
+            it.step(slots, 4 * slots)
     values, parts, seen = [], {}, 0
     for _ in range(args.steps):
-        seen, parts = it.step(tokens, count)
+        seen, parts = it.step(tokens, STEP_TOKENS)
         values.append(1e3 * sum(parts.values()))
     parts = {f"{name}_ms": round(1e3 * s, 1) for name, s in parts.items()}
     more = {"slots": STEP_TOKENS, "micro_batch_slots": tokens, **parts, **it.busiest()}
@@ -264,7 +267,7 @@ def start(args: argparse.Namespace) -> Rows:
     """Seconds of the first pass, with whatever the compilers' caches hold."""
     args.layers = min(args.layers, 8)
     with trainee(args) as it:
-        run = it.pass_over(it.micro_batches(min(args.tokens), 1)[0], graphed=False)
+        run = it.pass_over(it.micro_batches(min(args.tokens), min(args.tokens))[0], graphed=False)
         begin = time.perf_counter()
         run()
         torch.cuda.synchronize()
@@ -337,6 +340,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="a built dataset, rows of 2,048")
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 32_768])
+    parser.add_argument("--step-tokens", type=int, default=24_576, help="a micro-batch of a step")
     parser.add_argument("--peer-tokens", type=int, nargs="+", default=[8_192, 16_384, 32_768])
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="whole steps to time")
@@ -348,14 +352,34 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_part(part: str, args: argparse.Namespace, **environment: str) -> list[dict[str, Any]]:
+def lanes_of(parts: list[str], gpus: list[str]) -> list[tuple[list[str], str]]:
+    """Which parts run one after the other, and on which GPU (empty: the only one)."""
+    if len(gpus) < 2 or len(parts) < 2:
+        return [(parts, gpus[0])]
+    return [(parts[:1], gpus[0]), (parts[1:], gpus[1])]
+
+
+def run_parts(parts: list[str], gpu: str) -> list[dict[str, Any]]:
+    """Parts one after the other on one GPU."""
+    chosen = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+    rows = []
+    for part in parts:
+        if part == "start":
+            with tempfile.TemporaryDirectory() as empty:
+                caches = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
+                for found in ("empty", "full"):
+                    rows += run_part(part, f"--caches={found}", **chosen, **caches)
+        else:
+            rows += run_part(part, **chosen)
+    return rows
+
+
+def run_part(part: str, *words: str, **environment: str) -> list[dict[str, Any]]:
     """A part in a process of its own: nothing is left of it in the GPU's memory."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        kept = [a for a in sys.argv[1:] if not a.startswith("--out=")]
-        caches = "empty" if environment else "full"
-        extra = [f"--only={part}", f"--out={out}", f"--caches={caches}"]
-        command = [sys.executable, "-m", "benchmarks.whole_model", *kept, *extra]
+        extra = [f"--only={part}", f"--out={out}", *words]
+        command = [sys.executable, "-m", "benchmarks.whole_model", *sys.argv[1:], *extra]
         subprocess.run(command, env=os.environ | environment, cwd=REPOSITORY, check=False)
         if not out.exists():
             return [{"what": part, "failed": True}]
@@ -372,16 +396,14 @@ def main() -> None:
             rows.append(row)
             write_results(args.out, rows, **about)
         return
-    for part in args.parts:
-        if part == "start":
-            with tempfile.TemporaryDirectory() as empty:
-                caches = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
-                rows += run_part(part, args, **caches)
-                second = run_part(part, args, **caches)
-                rows += [row | {"caches": "full"} for row in second]
-        else:
-            rows += run_part(part, args)
-        write_results(args.out, rows, **about)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    parts = [p for p in ("ours", "start", "peer") if p in args.parts]
+    with ThreadPoolExecutor(max_workers=min(len(gpus), 2)) as pool:
+        # A second GPU takes the rest while the first trains the student.
+        lanes = [pool.submit(run_parts, lane, gpu) for lane, gpu in lanes_of(parts, gpus)]
+        for lane in as_completed(lanes):
+            rows += lane.result()
+            write_results(args.out, rows, **about, gpus_at_once=len(lanes))
 
 
 if __name__ == "__main__":

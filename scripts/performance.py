@@ -140,6 +140,31 @@ def kernels() -> str:
     )
 
 
+def losses() -> str:
+    """Every loss on logits beside cross-entropy and beside what it cannot do without."""
+    found = load("losses")
+    floors = {row["what"]: row.get("floor_ms") for row in found["rows"]}
+    rows = [
+        [row["what"], row["ms"], row["spread_ms"], row.get("ratio_to_cross_entropy"),
+         floors[row["what"]], row.get("ratio_to_floor"), row.get("peak_gib")]
+        for row in found["rows"]
+    ]  # fmt: skip
+    columns = ["loss", "ms", "±", "of cross-entropy", "floor, ms", "of floor", "GiB"]
+    return "\n\n".join(
+        [
+            f"## Losses, {found['tokens']:,} tokens, {found['vocab']:,} ids",
+            f"{found['device']}, torch {found['torch']}, Triton {found['triton']}, "
+            f"{found['date']}. Forward + backward of head and loss, launched from Python in chunks "
+            f"of {found['chunk_rows']:,} rows, medians. Bar for losses on labels and stored "
+            "targets: 1.3 times cross-entropy. A loss on a teacher's states multiplies them with "
+            "its head as well (width 2,880, the student's is 1,024): its floor is cross-entropy "
+            "and that product alone, and no bar of 1.3 times cross-entropy can be met. Liger was "
+            "not installed there; the peer is cross-entropy in compiled, recomputed chunks.",
+            table(columns, rows),
+        ]
+    )
+
+
 def router_programs() -> str:
     """What a program of one warp is worth to the router's kernels."""
     found = load("router-programs")
@@ -190,7 +215,7 @@ def profile() -> str:
 def main() -> None:
     """Write the page, or compare it."""
     scoring = teacher_scoring(load("teacher-scoring"), table)
-    regions = [whole_model(), kernels(), router_programs(), profile(), scoring]
+    regions = [whole_model(), kernels(), losses(), router_programs(), profile(), scoring]
     page = "\n\n".join([INTRO, *regions]) + "\n"
     if "--check" in sys.argv[1:]:
         if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:

@@ -21,6 +21,7 @@ from vpmoe.cli import (
     profile,
     report,
     score,
+    targets,
     teacher,
     train,
 )
@@ -48,6 +49,7 @@ ORDER = [
     "data",
     "teacher",
     "score",
+    "targets",
     "train",
     "profile",
     "eval",
@@ -103,6 +105,7 @@ for name, verb in {
 }.items():
     app.command(name)(verb)
 app.add_typer(data.app, name="data")
+app.add_typer(targets.app, name="targets")
 app.add_typer(teacher.app, name="teacher")
 
 

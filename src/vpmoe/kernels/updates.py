@@ -129,15 +129,16 @@ def look_ahead(
     *,
     decay: float,
     scale: float = 1.0,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "stack rows cols"]:
-    """Nesterov's direction in bf16 of scale times the gradient; the momentum moves in place.
+    """Nesterov's direction, of scale times the gradient, in `dtype`; the momentum moves in place.
 
     Momenta of slices that are not active stay as they are.
 
     References:
         own; the first lines of `optim.normuon.normuon_update` are the reference.
     """
-    out = torch.empty_like(gradient, dtype=torch.bfloat16)
+    out = torch.empty_like(gradient, dtype=dtype)
     _momentum_kernel[_grid(gradient)](
         gradient, momentum, active, out, gradient.numel(), decay, scale,
         PER_SLICE=gradient[0].numel(), ACTIVE=active is not None, BLOCK=BLOCK, num_warps=8,

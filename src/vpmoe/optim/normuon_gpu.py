@@ -59,8 +59,14 @@ class BucketPart:
         gradients = [gradient_of(w.name, w.param).view(-1, *self.shape) for w in members]
         gradient = gradients[0].contiguous() if len(members) == 1 else torch.cat(gradients)
         active = active_of(members, active_slices, self.slices)
+        is_wide = config.polar_dtype == "float32"
         direction = look_ahead(
-            gradient, self.momentum, active, decay=config.momentum, scale=gradient_scale
+            gradient,
+            self.momentum,
+            active,
+            decay=config.momentum,
+            scale=gradient_scale,
+            dtype=torch.float32 if is_wide else torch.bfloat16,
         )
         polar, squares = orthogonalized(direction, config=config)
         factor = row_factors(polar, squares, self.second_moment, active, config=config)
@@ -101,13 +107,13 @@ def parts_of(bucket: MatrixBucket) -> list[BucketPart]:
 def orthogonalized(
     direction: Float[Tensor, "stack rows cols"], *, config: NorMuonConfig
 ) -> tuple[Float[Tensor, "stack rows cols"], Float[Tensor, "stack rows 1"] | None]:
-    """Polar Express of bf16 matrices, and sums of squares of its rows where they come for free.
+    """Polar Express of the matrices, and sums of squares of its rows where they come for free.
 
     References:
         As `optim.polar_express.polar_express`.
     """
     if config.polar_dtype == "float32":
-        return polar_express_folded(direction.float(), steps=config.polar_steps), None
+        return polar_express_folded(direction, steps=config.polar_steps), None
     if polar_fits(*direction.shape[1:], steps=config.polar_steps):
         table = _coefficients(config.polar_steps, direction.device)
         return direction, polar_(direction, table, safety=SAFETY, eps=POLAR_EPS)

@@ -146,6 +146,7 @@ class _Bench:
         on_gpu = self.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         replica, plan = self.replica, self.plan
+        replica.after_backward = scoped(ACCUMULATION, replica.after_backward)
         replica.finish_gradients = scoped(ACCUMULATION, replica.finish_gradients)
         replica.zero_gradients = scoped(ACCUMULATION, replica.zero_gradients)
         replica.gradient_norms = scoped("optimizer", replica.gradient_norms)

@@ -24,6 +24,8 @@ class AdaptiveConfig(Config):
     """Ids are kept until they hold this share of the mass; 1 leaves the choice to their worth."""
     worth_nats: float = Field(default=1e-3, ge=0)
     """An id is kept while naming it lowers the KL by this much at least."""
+    vocab: int = Field(default=VOCAB_SIZE, ge=2, le=VOCAB_SIZE)
+    """How many ids the teacher knows: the mass of the others is spread over them."""
     value_bits: int = Field(default=6, ge=3, le=12)
     """Of each log-prob."""
 
@@ -52,7 +54,8 @@ class Adaptive(Codec):
 
     def encode(self, entries: Entries, places: Int64[Tensor, " samples"]) -> dict[str, Column]:
         """As many of the entries as `kept` says."""
-        counts = kept(entries, top_p=self._config.top_p, worth_nats=self._config.worth_nats)
+        config = self._config
+        counts = kept(entries, top_p=config.top_p, worth_nats=config.worth_nats, vocab=config.vocab)
         return {
             "counts": Column((counts - 1).to(torch.uint8), places),
             **pack(entries, counts, places, bits=self._config.value_bits),
@@ -70,13 +73,15 @@ class Adaptive(Codec):
         return unpack(columns, counts, places, bits=self._config.value_bits, width=width)
 
 
-def kept(entries: Entries, *, top_p: float, worth_nats: float) -> Int64[Tensor, " places"]:
-    r"""How many of a place's entries, likeliest first, are worth their bytes; one at least.
+def kept(
+    entries: Entries, *, top_p: float, worth_nats: float, vocab: int = VOCAB_SIZE
+) -> Int64[Tensor, " places"]:
+    """How many of a place's entries, likeliest first, are worth their bytes; one at least.
 
-    With the tail r spread over m other ids, naming one more id of probability t lowers the KL by
-    t ln t + r' ln(m' / r') - ... : the cross-entropy of the tail, r ln(m / r), falls to
-    r' ln(m' / r') with r' = r - t and m' = m - 1, and t ln(1 / t) is paid for t itself. Ids are
-    kept up to the last one whose gain reaches `worth_nats`.
+    A mass r spread over m other ids costs a cross-entropy of r ln(m / r). Naming one of them, of
+    probability t, leaves r' = r - t over m' = m - 1 ids and costs t ln(1 / t) itself, so that the
+    KL falls by r ln(m / r) - r' ln(m' / r') - t ln(1 / t). Ids are kept up to the last one for
+    which this reaches `worth_nats`.
 
     References:
         own.
@@ -86,7 +91,7 @@ def kept(entries: Entries, *, top_p: float, worth_nats: float) -> Int64[Tensor, 
     # What is left after n entries, summed from the small end: nothing is lost near zero.
     after = entries.tail.double().exp()[:, None] + mass.flip(1).cumsum(1).flip(1)
     left = torch.cat([after, entries.tail.double().exp()[:, None]], dim=1)
-    others = VOCAB_SIZE - torch.arange(left.shape[1], device=left.device)
+    others = (vocab - torch.arange(left.shape[1], device=left.device)).clamp_min(1)
     spread = left * (others / left.clamp_min(1e-300)).log()
     gain = spread[:, :-1] - spread[:, 1:] + mass * entries.logprobs.double().where(used, 0.0)
     place = torch.arange(1, mass.shape[1] + 1, device=mass.device)
