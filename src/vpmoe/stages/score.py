@@ -31,7 +31,9 @@ from vpmoe.vocabulary import O200K_SHA256
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 
-_PIECE_TOKENS = 2**16  # of one call to the teacher: how often progress is told
+# Of one call to the teacher: how often progress is told. Servers name their own, larger number: at
+# the end of a call they run dry.
+_PIECE_TOKENS = 2**16
 
 # Config
 
@@ -232,7 +234,7 @@ def _scored(
     ordered = sorted(members, key=lambda i: (-lengths[i], i))
     waiting: tuple[list[int], Future[list[SampleTargets]]] | None = None
     with ThreadPoolExecutor(1) as packer:
-        for piece in _cut(ordered, lengths, _PIECE_TOKENS):
+        for piece in _cut(ordered, lengths, getattr(teacher, "call_tokens", _PIECE_TOKENS)):
             documents = [dataset.conversation(index) for index in piece]
             answers = ask_about(
                 dataset, teacher, codec, documents, reasoning_effort=config.reasoning_effort

@@ -89,6 +89,7 @@ class ServerTeacher:
     """
 
     provides: ClassVar[frozenset[str]] = ServerTeacherConfig.provides
+    call_tokens: ClassVar[int] = 2**18  # what `vpmoe score` asks for at once, to keep servers busy
 
     def __init__(self, config: ServerTeacherConfig) -> None:
         self._config = config
