@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpmoe.errors import TeacherError
-from vpmoe.teachers.distribution import BLOCK, Head, likeliest
+from vpmoe.teachers.distribution import BLOCK, Head, invert, likeliest
 
 
 def by_sorting(logits, k):
@@ -77,6 +77,22 @@ def test_draws_invert_the_distribution_function(dense, power):
     assert torch.equal(ids, torch.searchsorted(below, chances, right=True))
     torch.testing.assert_close(drawn, table.gather(1, ids).float(), rtol=0, atol=3e-6)
     torch.testing.assert_close(logprobs, table.gather(1, labels[:, None])[:, 0].float())
+
+
+@pytest.mark.parametrize("vocab", [1, BLOCK - 1, BLOCK, BLOCK + 1, 1_000, 8_193])
+def test_two_steps_find_what_one_search_finds(vocab):
+    torch.manual_seed(vocab)
+    logits = torch.randn(50, vocab) * 3
+    logits[:, 1::3] = -torch.inf
+    chances = logits.exp()
+    numbers = torch.rand(50, 40, dtype=torch.float64)
+    numbers[:, 0], numbers[:, -1] = 0.0, 1 - 2**-53
+    found = invert(chances, numbers)
+    below = chances.double().cumsum(1)
+    expected = torch.searchsorted(below, numbers * below[:, -1:], right=True)
+    assert (found == expected)[:, :-1].double().mean() > 0.995  # sums of blocks are float32
+    assert (found - expected).abs()[:, :-1].max() <= 2
+    assert torch.isfinite(logits.gather(1, found)).all()  # nothing impossible was drawn
 
 
 def test_the_ends_of_the_unit_interval():

@@ -99,7 +99,7 @@ class Head:
         logprobs = hidden.new_empty(uniforms.shape, dtype=torch.float32)
         for rows, logits in self._chunks(hidden):
             out[rows], norm = self._read(logits, tokens[rows])
-            ids[rows] = invert((logits - norm[:, None]).mul_(power), uniforms[rows])
+            ids[rows] = invert((logits - norm[:, None]).mul_(power).exp_(), uniforms[rows])
             logprobs[rows] = logits.gather(1, ids[rows]) - norm[:, None]
         return out, ids, logprobs
 
@@ -180,14 +180,34 @@ def _first(
 
 
 def invert(
-    logits: Float32[Tensor, "rows vocab"], uniforms: Float64[Tensor, "rows draws"]
+    chances: Float32[Tensor, "rows vocab"], uniforms: Float64[Tensor, "rows draws"]
 ) -> Int64[Tensor, "rows draws"]:
     """Where the cumulative distribution passes each uniform number.
+
+    A number finds its block of columns among the sums of the blocks, and then its column among the
+    few of the block: the sums over all columns are never made.
+
+    Args:
+        chances: Of each column, up to a factor.
+        uniforms: In [0, 1).
 
     References:
         own.
     """
-    below = logits.softmax(dim=1, dtype=torch.float64).cumsum_(dim=1)
+    vocab = chances.shape[1]
+    whole = vocab // BLOCK * BLOCK
+    sums = chances[:, :whole].unflatten(1, (whole // BLOCK, BLOCK)).sum(dim=2)
+    if whole < vocab:
+        sums = torch.cat([sums, chances[:, whole:].sum(dim=1, keepdim=True)], dim=1)
+    below = sums.double().cumsum(dim=1)
     total = below[:, -1:]
     target = (uniforms * total).minimum(total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(below, target, right=True)
+    block = torch.searchsorted(below, target, right=True)  # the first that ends above the target
+    before = below.gather(1, (block - 1).clamp_min(0)).masked_fill_(block == 0, 0.0)
+    share = (target - before) / sums.gather(1, block)
+    columns = block[..., None] * BLOCK + torch.arange(BLOCK, device=chances.device)
+    found = chances.gather(1, columns.clamp_max(vocab - 1).flatten(1)).view(columns.shape)
+    inside = found.double().masked_fill_(columns >= vocab, 0.0).cumsum(dim=2)
+    place = (inside <= share[..., None] * inside[..., -1:]).sum(dim=2)
+    last = (inside < inside[..., -1:]).sum(dim=2)  # the last column of the block with a chance
+    return block * BLOCK + place.minimum(last)

@@ -9,11 +9,11 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch._dynamo
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
@@ -134,7 +134,8 @@ class PackedNetwork:
         probes = [np.arange(3, 12) % _vocab(model), np.arange(5, 26) % _vocab(model)]
         expected = [self._alone(probe) for probe in probes]
         _register()
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, REGIONS)
+        dynamo = import_module("torch._dynamo").config  # a second of importing, only when used
+        dynamo.recompile_limit = max(dynamo.recompile_limit, REGIONS)
         model.set_attn_implementation(ATTENTION)
         for layer in _layers(model):
             # Without a graph break, and with an error rather than an uncompiled layer.
