@@ -308,3 +308,22 @@ def test_nonsense_is_a_failed_check(local):
             return scored
 
     assert "sequence 2 is nan" in states_of(case(Nonsense(local)))["form"][1]
+
+
+def test_noise_between_repetitions_hides_no_blindness(local):
+    """A server whose numbers vary with its load answers never quite the same."""
+
+    class NoisyAndBlind(OneEffort):
+        rng = np.random.default_rng(0)
+
+        def score_top(self, sequences, k):
+            scored = behind_a_cut(self.teacher, sequences, k, cut=1)
+            noise = [self.rng.uniform(-0.004, 0, t.logprobs.shape) for t in scored]
+            return [
+                TopScores((t.logprobs + n).astype(np.float32), t.top_ids, t.top_logprobs)
+                for t, n in zip(scored, noise, strict=True)
+            ]
+
+    found = states_of(case(NoisyAndBlind(local)))
+    assert found["first token"][0] == "failed"
+    assert found["order and company"][0] == found["freshness"][0] == "ok"

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -63,8 +64,8 @@ def _order(case: Examination) -> tuple[State, str]:
     )
 
 
-def _changed_answers(case: Examination, place_of: Callable[[int], int]) -> list[np.ndarray]:
-    """|difference| of the answers when the token at `place_of(i)` of conversation i is another."""
+def _changed_answers(case: Examination, place_of: Callable[[int], int]) -> list["_Change"]:
+    """What happens to the answers when the token at `place_of(i)` of conversation i is another."""
     asked = list(case.asked[:PROBES])
     others = []
     for index, sequence in enumerate(asked):
@@ -75,11 +76,23 @@ def _changed_answers(case: Examination, place_of: Callable[[int], int]) -> list[
         changed[place] = candidates[(place * 7) % len(candidates)]
         others.append(changed)
     # One by one, and each change right after its original, as a stale cache would have it.
-    pairs = [
-        scores_of(case, [s])[0] - scores_of(case, [c])[0]
-        for s, c in zip(asked, others, strict=True)
-    ]
-    return [np.abs(pair) for pair in pairs]
+    found = []
+    for original, changed in zip(asked, others, strict=True):
+        first, other, again = (scores_of(case, [s])[0] for s in (original, changed, original))
+        found.append(_Change(np.abs(first - other), np.abs(first - again)))
+    return found
+
+
+@dataclass(frozen=True)
+class _Change:
+    """|difference| of answers place by place: of a changed text, and of the same one repeated."""
+
+    gaps: np.ndarray
+    repeats: np.ndarray
+
+    def is_nothing(self, begin: int = 0) -> bool:
+        """Whether the text's change does no more than a repetition, from `begin` on."""
+        return bool(self.gaps[begin:].mean() <= 2 * self.repeats[begin:].mean())
 
 
 def _middle(case: Examination) -> Callable[[int], int]:
@@ -89,10 +102,10 @@ def _middle(case: Examination) -> Callable[[int], int]:
 def _first_changes(case: Examination) -> list[int | None]:
     """Where answers first change near a changed token, relative to where they should."""
     place_of, first = _middle(case), []
-    for index, gaps in enumerate(_changed_answers(case, place_of)):
+    for index, change in enumerate(_changed_answers(case, place_of)):
         due = place_of(index) - 1
         begin = max(due - _MAX_SHIFT, 0)
-        changed = np.flatnonzero(gaps[begin : due + _MAX_SHIFT + 1] > case.tolerance_nats)
+        changed = np.flatnonzero(change.gaps[begin : due + _MAX_SHIFT + 1] > case.tolerance_nats)
         first.append(int(changed[0]) + begin - due if changed.size else None)
     return first
 
@@ -110,17 +123,17 @@ def _position(case: Examination) -> tuple[State, str]:
 
 
 def _fresh(case: Examination) -> tuple[State, str]:
-    gaps = _changed_answers(case, _middle(case))
-    stale = sum(not gap.any() for gap in gaps)
+    changes = _changed_answers(case, _middle(case))
+    stale = sum(change.is_nothing() for change in changes)
     return _verdict(
         stale == 0,
-        f"{len(gaps)} changed texts, {len(gaps)} changed answers",
-        f"{stale} of {len(gaps)} changed texts got the answer of the text before: a cache is stale",
+        f"{len(changes)} changed texts, {len(changes)} changed answers",
+        f"{stale} of {len(changes)} changed texts got the old answer: a cache is stale",
     )
 
 
 def _first_token(case: Examination) -> tuple[State, str]:
-    blind = sum(not gap.any() for gap in _changed_answers(case, lambda _: 0))
+    blind = sum(change.is_nothing() for change in _changed_answers(case, lambda _: 0))
     return _verdict(
         blind == 0,
         "changing the first token changes the answers",
@@ -135,8 +148,8 @@ def _prompt(case: Examination) -> tuple[State, str]:
         "the beginning": lambda i: min(4, lens[i] - 1),
         "the question": lambda i: max(lens[i] - 4, 0),
     }.items():
-        gaps = _changed_answers(case, place_of)
-        if any(not gap[lens[i] - 1 :].any() for i, gap in enumerate(gaps)):
+        changes = _changed_answers(case, place_of)
+        if any(change.is_nothing(lens[i] - 1) for i, change in enumerate(changes)):
             blind.append(name)
     return _verdict(
         not blind,
