@@ -86,7 +86,8 @@ def positions(
     return {name: torch.cat(parts)[:count].numpy() for name, parts in found.items()}
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=120)
@@ -97,7 +98,12 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=1_000)
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--data", type=Path, default=Path("data/tiny-real"))
-    args = parser.parse_args()
+    parser.add_argument("--save", type=Path, help="folder for the trained checkpoint")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     settings = load(Path("configs/data/tiny-real.toml"), DataConfig, [f"output={args.data}"])
     if not (args.data / "manifest.json").exists():
         build_dataset(settings)
@@ -140,6 +146,8 @@ def main() -> None:
                 np.savez_compressed(args.out / f"{name}_{split}.npz", **made)
                 print(name, split, {k: float(made[k].mean()) for k in ("entropy", "label_logprob")})
             model.train()
+    if args.save:
+        model.to(torch.bfloat16).save_pretrained(args.save)
     about = {
         "step": step, "seconds": args.seconds, "hidden": args.hidden, "layers": args.layers,
         "parameters": sum(p.numel() for p in model.parameters()), "loss": log,

@@ -52,6 +52,10 @@ def distillation_text(results: Path) -> str:
         "seeds do not order those. Bytes are those of the store's files, sample ids and checksums "
         "included, which weigh more on short documents than on real ones; states were not stored, "
         "the teacher ran beside the student.",
+        "",
+        "Not run: the same on real rows with the whole vocabulary, `python -m "
+        "benchmarks.distillation synth OUT --teacher FOLDER` with a teacher from `python -m "
+        "benchmarks.codec_teacher OUT --save FOLDER`, which needs one GPU.",
     ]
     return "\n".join(lines)
 
