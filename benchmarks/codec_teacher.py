@@ -6,6 +6,8 @@ text, and unsure of the others: the shape that decides how many bytes a distribu
 measured at several moments of its training, on what it has read and on what it has not.
 
     python -m benchmarks.codec_teacher OUT --seconds 120
+
+Not run to its end on a GPU yet.
 """
 
 import argparse

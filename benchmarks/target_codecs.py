@@ -1,0 +1,170 @@
+"""What each codec keeps for how many bytes, and how fast it packs and unpacks on one CPU core.
+
+    python -m benchmarks.target_codecs --data data/tiny-real --demo-data runs/demo/data
+
+Distributions: the demo teacher's; four synthetic shapes; an interpolated n-gram model of the SYNTH
+sample over all 201,088 ids, on text that it has counted and on text that it has not. The GPU's
+rates were measured apart and are carried over from the file that is replaced.
+"""
+
+import argparse
+import json
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from benchmarks.common import REPOSITORY, RESULTS
+
+from vpmoe.config import load
+from vpmoe.data.dataset import Dataset
+from vpmoe.evals.report.charts_targets import draw_frontiers
+from vpmoe.spans import Span
+from vpmoe.stages.plan_targets import plan_targets
+from vpmoe.stages.score import ScoreConfig
+from vpmoe.teachers.codecs.adaptive import AdaptiveConfig
+from vpmoe.teachers.codecs.set_coded import SetCodedConfig
+from vpmoe.teachers.codecs.top_k import TopKConfig
+from vpmoe.teachers.frontier import Point, Reference, joined, measure, reference_of
+from vpmoe.vocabulary import VOCAB_SIZE
+
+ALL_IDS = torch.arange(VOCAB_SIZE)
+ORDER = 4
+
+
+def synthetic() -> Reference:
+    """Power laws 1.3 and 2, a confident shape, and a choice between two."""
+    rank = torch.arange(1, VOCAB_SIZE + 1, dtype=torch.float64)
+    tail = rank**-1.5
+    shapes = [rank**-1.3, rank**-2.0]
+    for head in (torch.tensor([0.97]), torch.tensor([0.49, 0.49])):
+        rest = tail[len(head) :] / tail[len(head) :].sum() * (1 - float(head.sum()))
+        shapes.append(torch.cat([head.double(), rest]))
+    rng = torch.Generator().manual_seed(0)
+    rows = []
+    for shape in shapes:
+        for _ in range(8):
+            rows.append((shape / shape.sum()).log()[torch.randperm(VOCAB_SIZE, generator=rng)])
+    return reference_of(torch.stack(rows), ALL_IDS)
+
+
+class NGrams:
+    """Witten-Bell interpolation of orders 1 to 4 over a uniform distribution."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.counts: list[dict] = [defaultdict(Counter) for _ in range(ORDER)]
+        for index in range(len(dataset)):
+            tokens = dataset.tokens(index).tolist()
+            for n in range(ORDER):
+                table = self.counts[n]
+                for place in range(n, len(tokens)):
+                    table[tuple(tokens[place - n : place])][tokens[place]] += 1
+
+    def logprobs(self, before: list[int]) -> torch.Tensor:
+        p = np.full(VOCAB_SIZE, 1 / VOCAB_SIZE)
+        for n in range(ORDER):
+            found = self.counts[n].get(tuple(before[len(before) - n :]))
+            if found:
+                ids, times = np.array(list(found)), np.array(list(found.values()), dtype=float)
+                p *= len(ids) / (times.sum() + len(ids))
+                p[ids] += times / (times.sum() + len(ids))
+        return torch.from_numpy(np.log(p / p.sum()))
+
+
+def n_gram(model: NGrams, dataset: Dataset, places: int) -> Reference:
+    rng, parts, rows = np.random.default_rng(0), [], []
+    torch.manual_seed(0)
+    for index in rng.permutation(len(dataset))[: places // 8]:
+        document = dataset.conversation(int(index))
+        trained = np.flatnonzero(document.span_ids != Span.IGNORE)
+        for place in rng.choice(trained, min(8, len(trained)), replace=False):
+            rows.append(model.logprobs(document.tokens[: place + 1].tolist()))
+        if len(rows) >= 32:
+            parts.append(reference_of(torch.stack(rows), ALL_IDS))
+            rows = []
+    return joined(parts)
+
+
+def rates(reference: Reference) -> list[dict]:
+    """Places a second of CPU time, one thread."""
+    out = []
+    for config in (
+        TopKConfig(),
+        SetCodedConfig(),
+        AdaptiveConfig(k=128, worth_nats=3e-3),
+        AdaptiveConfig(),
+    ):
+        codec = config.build()
+        rows = torch.arange(800) % len(reference)
+        entries = reference.top(codec.asked).select(rows)
+        places = torch.tensor([800])
+        best = {"encode": 1e9, "decode": 1e9}
+        for _ in range(12):
+            begin = time.thread_time()
+            columns = codec.encode(entries, places)
+            middle = time.thread_time()
+            codec.decode({name: column.data for name, column in columns.items()}, places)
+            best["encode"] = min(best["encode"], middle - begin)
+            best["decode"] = min(best["decode"], time.thread_time() - middle)
+        out.append(
+            {
+                "codec": config.model_dump(mode="json"),
+                "encoded_per_s": int(800 / best["encode"]),
+                "decoded_per_s": int(800 / best["decode"]),
+            }
+        )
+    return out
+
+
+def summary(points: list[Point], reference_or_entropy: float, places: int) -> dict:
+    rows = [
+        {
+            "name": p.name, "bytes_per_token": round(p.bytes_per_token, 2),
+            "kl_nats": p.kl_nats if p.kl_nats is None else round(p.kl_nats, 6),
+            "gradient_error": round(p.gradient_error, 6), "entries": round(p.entries, 2),
+        }
+        for p in points
+    ]  # fmt: skip
+    return {"places": places, "entropy_nats": round(reference_or_entropy, 4), "codecs": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--demo-data", type=Path, required=True)
+    parser.add_argument("--places", type=int, default=512)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    demo = plan_targets(
+        load(Path("configs/demo/score.toml"), ScoreConfig, [f"data={args.demo_data}"]),
+        places=args.places,
+    )
+    panels = {"demo teacher": demo.points}
+    found = {"demo teacher": summary(demo.points, demo.entropy_nats, demo.places)}
+    model = NGrams(Dataset(args.data, "train"))
+    references = {
+        "four synthetic shapes": synthetic(),
+        "n-gram model, text it has counted": n_gram(
+            model, Dataset(args.data, "train"), args.places
+        ),
+        "n-gram model, held-out text": n_gram(model, Dataset(args.data, "valid"), args.places),
+    }
+    for name, reference in references.items():
+        panels[name] = measure(reference)
+        found[name] = summary(panels[name], float(reference.entropy.mean()), len(reference))
+    path = RESULTS / "target-codecs.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    result = {
+        "command": "python -m benchmarks.target_codecs",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "frontiers": found,
+        "cpu_core": rates(references["n-gram model, text it has counted"]),
+        "gpu": before.get("gpu", {}),
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    draw_frontiers(panels, REPOSITORY / "docs" / "target-codecs.png")
+
+
+if __name__ == "__main__":
+    main()
