@@ -239,8 +239,7 @@ def test_end_to_end_with_a_kill_in_the_middle(folder, server, tiny, capsys):
     assert main.run(["score", str(table)]) == 0
     assert server.num_answered() == before  # nothing is left to ask
 
-    if "targets" in main.ORDER:
-        assert main.run(["targets", "verify", str(store)]) == 0
+    assert main.run(["targets", "verify", str(store), "--data", str(folder / "data")]) == 0
     student = {k: v for k, v in STUDENT.items() if k != "vocab_subset"}
     stage_two = write_toml(
         folder / "2.toml",
