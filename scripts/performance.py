@@ -18,6 +18,7 @@ PAGE = REPOSITORY / "docs" / "performance.md"
 # (bar, stretch) in the units of each table.
 BARS = {
     "student, forward+backward": (70_000, 85_000),
+    "whole step": (66_000, 80_000),
     "NorMuon + AdamW step": (130, 100),
 }
 
@@ -80,42 +81,119 @@ def _text(cell: Any) -> str:
 
 
 def whole_model() -> str:
-    """The student beside its peers."""
-    ours, peers, first = load("whole-model"), load("peers"), load("profile-8-layers")
-    rows = []
-    for row in ours["rows"]:
-        bar, stretch = BARS[row["what"]]
-        if not row["tokens"]:
-            continue
-        names = ("what", "tokens", "ms", "tokens_per_s", "mfu_pct", "peak_gib")
-        rows.append([*(row[name] for name in names), bar, stretch])
-    for row in peers["rows"]:
+    """The student beside its peer, passes, whole steps and the optimizer."""
+    found = load("whole-model")
+    rows = [row for row in found["rows"] if not row.get("failed")]
+    earlier = load("peers")["rows"]
+    measured = [r["tokens_per_s"] for r in rows if is_peer(r) and r.get("ms")]
+    best = max(measured or [r["tokens_per_s"] for r in earlier])
+    columns = [
+        "what",
+        "tokens",
+        "ms",
+        "±",
+        "tokens/s",
+        "MFU %",
+        "GiB",
+        "ratio",
+        "bar",
+        "stretch",
+        "note",
+    ]
+    lines = [speed_line(row, best) for row in rows if row.get("tokens")]
+    for row in earlier:
         what = f"{row['what']} (earlier run)"
-        numbers = row["tokens"], row["ms"], row["tokens_per_s"]
-        rows.append([what, *numbers, None, row["peak_gib"], None, None])
-    columns = ["what", "tokens", "ms", "tokens/s", "MFU %", "GiB", "bar", "stretch"]
-    best = max(row["tokens_per_s"] for row in peers["rows"])
-    mine = next(row for row in ours["rows"] if row["tokens"])
-    optimizer = next(row for row in ours["rows"] if not row["tokens"])
-    bar, stretch = BARS[optimizer["what"]]
-    return "\n\n".join(
-        [
-            "## The 80 layers, forward and backward",
-            f"{ours['device']}, torch {ours['torch']}, Triton {ours['triton']}, {ours['date']}; "
-            f"{mine['repetitions']} repetitions, spread {mine['spread_ms']:.1f} ms. Random weights "
-            "and tokens, packed rows of 2,048 with four documents, real routing. The peers come "
-            "from an earlier run on the same kind of device.",
-            table(columns, rows),
-            f"{mine['tokens_per_s'] / best:.2f} times the best peer. The busiest expert of a layer "
-            f"had {mine['busiest_expert_over_mean']:.0f} times the mean load: the routers were "
-            "untrained, and no token was dropped.",
-            f"The first step compiles: {first['first_step_s']:.0f} s (8 layers, an empty compiler "
-            "cache, the kernels of heads and norms compiled before), "
-            f"{mine['first_step_s']:.0f} s with a full one.",
-            f"Optimizer step, {optimizer['parameters']:,} parameters: {optimizer['ms']:.0f} ms "
-            f"(bar {bar}, stretch {stretch}): over the bar.",
-        ]
+        numbers = row["tokens"], row["ms"], None, row["tokens_per_s"]
+        lines.append([what, *numbers, None, row["peak_gib"], None, None, None, None])
+    kept = [r["activation_kb_per_token_and_layer"] for r in rows if r.get("how") == "launched"
+            and "activation_kb_per_token_and_layer" in r]  # fmt: skip
+    texts = [
+        "## The 80 layers",
+        f"{found['device']}, torch {found['torch']}, Triton {found['triton']}, {found['date']}; "
+        "`python -m benchmarks.whole_model`, medians. Passes add into float32 sums of gradients; "
+        "a whole step is 524,288 slots on the trainer's path, with data, norms, optimizer and "
+        "router biases. Tokens are those of documents, without padding.",
+        *([found["incomplete"]] if "incomplete" in found else []),
+        table(columns, lines),
+        *optimizer_text(rows),
+        *(step_text(row) for row in rows if row["what"] == "whole step"),
+        *routing_text(rows),
+    ]
+    if kept:
+        texts.append(
+            f"A forward pass keeps {max(kept):.1f} KB per token and layer for its backward pass, "
+            "embedding and final states included (bar 22)."
+        )
+    return "\n\n".join([*texts, *first_text(rows)])
+
+
+def is_peer(row: dict[str, Any]) -> bool:
+    """Whether a row is another library's."""
+    return row["what"].startswith("transformers")
+
+
+def speed_line(row: dict[str, Any], best: int) -> list[Any]:
+    """One line of the table of speeds."""
+    how = f", {row['how']}" if "how" in row else ""
+    slots = row.get("micro_batch_slots") or row.get("slots") or row["tokens"]
+    what = f"{row['what']}{how}, micro-batches of {slots:,}"
+    if row["ms"] is None:
+        return [what, row["tokens"], row["why"], *[None] * 8]
+    ratio = None if is_peer(row) else f"{row['tokens_per_s'] / best:.2f}"
+    bars = BARS.get(row["what"], (None, None))
+    numbers = (row["ms"], row["spread_ms"], row["tokens_per_s"], row.get("mfu_pct"))
+    return [what, row["tokens"], *numbers, row["peak_gib"], ratio, *bars, row.get("note")]
+
+
+def optimizer_text(rows: list[dict[str, Any]]) -> list[str]:
+    """The optimizer's own time."""
+    name = "NorMuon + AdamW step"
+    bar, stretch = BARS[name]
+    return [
+        f"Optimizer step, {row['parameters']:,} parameters, {row['momentum']} momentum: "
+        f"{row['ms']:.0f} ms (bar {bar}, stretch {stretch}); norms of the gradients by role "
+        f"{row['gradient_norms_ms']:.1f} ms. Clipping is a factor on the way in and costs no pass."
+        for row in rows
+        if row["what"] == name
+    ]
+
+
+def step_text(row: dict[str, Any]) -> str:
+    """Where a whole step goes."""
+    return (
+        f"Of a whole step's {row['ms'] / 1e3:.2f} s, data take {row['data_ms']:.0f} ms, micro-"
+        f"batches {row['forward_backward_ms']:,.0f} ms, norms, optimizer and routers "
+        f"{row['optimizer_ms']:.0f} ms."
     )
+
+
+def routing_text(rows: list[dict[str, Any]]) -> list[str]:
+    """How uneven the loads were."""
+    for row in rows:
+        if "optimizer_steps_before" in row:
+            return [
+                f"Routing is the router's own after {row['optimizer_steps_before']} optimizer "
+                f"steps: the busiest expert of a layer has "
+                f"{row['busiest_expert_over_mean_median_layer']:.1f} times the mean load in the "
+                f"median layer and {row['busiest_expert_over_mean']:.1f} times in the worst; no "
+                "token is dropped."
+            ]
+    return []
+
+
+def first_text(rows: list[dict[str, Any]]) -> list[str]:
+    """What compilers cost once."""
+    first = {row["caches"]: row["s"] for row in rows if row["what"] == "first pass"}
+    if len(first) < 2:
+        seconds = load("profile-8-layers")["first_step_s"]
+        return [
+            f"The first step compiles: {seconds:.0f} s (8 layers, an empty compiler cache, the "
+            "kernels of heads and norms compiled before)."
+        ]
+    return [
+        f"The first pass compiles: {first['empty']:.0f} s with empty caches, {first['full']:.0f} s "
+        "with full ones; as long for 8 layers as for 80, since layers of a kind share their code."
+    ]
 
 
 def kernels() -> str:
