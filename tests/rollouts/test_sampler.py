@@ -8,7 +8,8 @@ from tests.models.test_student import TREE
 from vpmoe.config import validate
 from vpmoe.errors import UsageError
 from vpmoe.models.student import StudentConfig, build_student
-from vpmoe.rollouts.sampler import Draw, Sampler, choose, nucleus, uniforms
+from vpmoe.rollouts.draw import Draw, choose, nucleus, stream_of, uniforms
+from vpmoe.rollouts.sampler import Sampler
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,49 @@ def test_stop_tokens_end_a_completion_and_belong_to_it(student, prompts):
             assert completion.stop_reason == ("stop" if first.size else "length")
 
 
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 9])
+def test_conversations_enter_and_leave_without_a_trace(student, prompts, max_batch):
+    # Uneven prompts and limits, windows of 4 that wrap around, stops at once, a single token.
+    many = [*prompts, *prompts[::-1], np.arange(30)]
+    limits = [1, 25, 3, 17, 2, 9, 8, 1, 13, 4, 30, 6, 11]
+    stops = tuple(range(0, 97, 9))
+    done = Sampler(student, max_batch=max_batch).generate(
+        many, max_new_tokens=limits, temperature=0.0, stop_tokens=stops
+    )
+    for prompt, limit, completion in zip(many, limits, done, strict=True):
+        sequence = list(prompt)
+        while True:
+            sequence.append(int(logprobs_after(student, sequence)[-1].argmax()))
+            written = len(sequence) - len(prompt)
+            if sequence[-1] in stops or written == limit:
+                break
+        assert completion.tokens.tolist() == sequence[len(prompt) :]
+        assert completion.stop_reason == ("stop" if sequence[-1] in stops else "length")
+        after = logprobs_after(student, sequence)[len(prompt) - 1 : -1].max(dim=-1).values
+        np.testing.assert_allclose(completion.logprobs, after.numpy(), atol=1e-5)
+
+
+def test_a_stop_token_at_once_ends_a_completion(student, prompts):
+    every = Sampler(student, max_batch=2).generate(
+        prompts, max_new_tokens=9, stop_tokens=tuple(range(97))
+    )
+    assert [len(completion.tokens) for completion in every] == [1] * len(prompts)
+    assert {completion.stop_reason for completion in every} == {"stop"}
+
+
+def test_streamed_tokens_are_those_of_the_batch(student, prompts):
+    done = Sampler(student, max_batch=6).generate(prompts, max_new_tokens=12, seed=4, top_p=0.9)
+    for request, (prompt, completion) in enumerate(zip(prompts, done, strict=True)):
+        tokens = Sampler(student, max_batch=1).stream(
+            prompt, max_new_tokens=12, draw=Draw(1.0, 0.9, 4), request=request
+        )
+        assert list(tokens) == completion.tokens.tolist()
+
+
+def test_no_prompts_no_completions(student):
+    assert Sampler(student, max_batch=2).generate([], max_new_tokens=3) == []
+
+
 def test_sampler_leaves_the_student_as_it_was(student, prompts):
     student.train()
     before = [router.local_tokens_per_expert.clone() for router in student.routers()]
@@ -125,19 +169,39 @@ def test_inverse_of_the_distribution_is_exact():
     assert halves.bincount().tolist() == [0, 80, 0, 20]
 
 
+def numbers_of(seed, size):
+    streams = torch.tensor([stream_of(seed, request) for request in range(size)])
+    places = torch.arange(size).repeat(size)
+    return uniforms(streams.repeat_interleave(size), places).view(size, size).numpy()
+
+
 def test_uniforms_are_uniform_and_independent():
-    prompts, places = (a.ravel() for a in np.meshgrid(np.arange(300), np.arange(300)))
-    numbers = uniforms(7, prompts, places)
-    assert np.array_equal(numbers, uniforms(7, prompts, places))
+    grid = numbers_of(7, 300)
+    numbers = grid.ravel()
+    assert np.array_equal(grid, numbers_of(7, 300))
     assert np.unique(numbers).size == numbers.size
     assert numbers.min() >= 0
     assert numbers.max() < 1
     counts = np.histogram(numbers, bins=100, range=(0, 1))[0]
     assert ((counts - 900) ** 2 / 900).sum() < 160  # chi-square with 99 degrees of freedom
-    grid = numbers.reshape(300, 300)
-    for other in (np.roll(grid, 1, 0), np.roll(grid, 1, 1), uniforms(8, prompts, places)):
+    for other in (np.roll(grid, 1, 0), np.roll(grid, 1, 1), numbers_of(8, 300)):
         correlation = np.corrcoef(numbers, other.ravel())[0, 1]
         assert abs(correlation) < 4 / 300  # four standard errors
+
+
+def test_uniforms_are_splitmix():
+    mask = (1 << 64) - 1
+
+    def scrambled(word):
+        word = (word + 0x9E3779B97F4A7C15) & mask
+        word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & mask
+        return word ^ (word >> 31)
+
+    for seed, request, place in ((0, 0, 0), (7, 3, 2), ((1 << 63) + 5, 1 << 20, 999)):
+        word = scrambled(scrambled(scrambled(seed) ^ request) ^ place)
+        stream = torch.tensor([stream_of(seed, request)])
+        assert uniforms(stream, torch.tensor([place])).item() == (word >> 11) / 2**53
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from vpmoe.kernels.overlap import follow
+
 # Tokens of a program: one warp each, so that no maximum or sum waits for another warp.
 CHOOSE_ROWS = 2
 ROWS = 4
@@ -84,8 +86,9 @@ def _choose_kernel(
     num_rows, num_documents, scaling,
     E: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, JUDGES: tl.constexpr, A: tl.constexpr,
     SLOTS: tl.constexpr, HALVES: tl.constexpr, BIAS: tl.constexpr, STATISTICS: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     e = tl.arange(0, E)
@@ -99,8 +102,7 @@ def _choose_kernel(
     s = tl.div_rn(one, one + libdevice.exp(-z))
     tl.store(scores_out + row[:, None].to(tl.int64) * E + e[None, :], s, inside[:, None])
     groups = tl.reshape(s + tl.load(expert_bias + e)[None, :], (ROWS, G, E // G))
-    member = tl.arange(0, E // G)
-    g = tl.arange(0, G)
+    member, g = tl.arange(0, E // G), tl.arange(0, G)
     judged = tl.zeros((ROWS, G), tl.float32)
     rest = groups
     for _ in tl.static_range(JUDGES):
@@ -252,7 +254,8 @@ def choose(
         tokens, num_documents, choice.scaling,
         E=experts, G=choice.num_groups, KEPT=choice.num_kept, JUDGES=choice.num_judges,
         A=choice.count, SLOTS=triton.next_power_of_2(choice.count), HALVES=terms // experts,
-        BIAS=bias is not None, STATISTICS=documents is not None, ROWS=CHOOSE_ROWS, num_warps=1,
+        BIAS=bias is not None, STATISTICS=documents is not None, ROWS=CHOOSE_ROWS, PDL=False,
+        num_warps=1,
     )  # fmt: skip
     if documents is not None:
         _balance_kernel[(triton.cdiv(tokens, ROWS),)](

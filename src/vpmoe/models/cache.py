@@ -107,6 +107,22 @@ class KeyValueCache:
         size = self.capacity if window is None else min(window, self.capacity)
         return ring_places(self.step.lengths, size)[:, : min(self.step.max_length, size)]
 
+    def resume(self, places: Int[Tensor, " batch"]) -> None:
+        """Say how many tokens each conversation holds: the places of the tokens that come next."""
+        self.step.lengths = places
+        self.step.max_length = int(places.max())
+
+    def insert(self, rows: Int[Tensor, " fresh"], prompts: "KeyValueCache") -> None:
+        """Put conversations that another cache has just read into these rows.
+
+        Place p lies in the same slot of both: the other ring is shorter only where no place reaches
+        its end.
+        """
+        for layer, other in zip(self.layers, prompts.layers, strict=True):
+            size = min(layer.keys.shape[1], other.keys.shape[1])
+            layer.keys[rows, :size] = other.keys[: len(rows), :size]
+            layer.values[rows, :size] = other.values[: len(rows), :size]
+
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Drop all conversations but these."""
         self.step.lengths = self.step.lengths[rows]

@@ -14,6 +14,7 @@ from vpmoe.kernels import attention
 from vpmoe.models.attention.base import Attention, QueriesKeysValues
 from vpmoe.models.attention.sink import AttentionScope, attend_reference
 from vpmoe.models.config import StudentConfig
+from vpmoe.models.decode import Decoder
 from vpmoe.models.experts import ExpertWeights
 from vpmoe.models.kernels import Kernels
 from vpmoe.models.mlp import Activation
@@ -214,6 +215,34 @@ def compiled_region(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
+def decoder_fused(student: Any, *, slots: int, capacity: int) -> Decoder:
+    """Conversations that a CUDA graph moves on.
+
+    References:
+        own; see `decode_fused.FusedDecoder`.
+    """
+    from vpmoe.models.decode_fused import FusedDecoder
+
+    return FusedDecoder(student, slots=slots, capacity=capacity)
+
+
+def draw_fused(
+    logits: Float[Tensor, "batch vocab"],
+    streams: Int[Tensor, " batch"],
+    places: Int[Tensor, " batch"],
+    *,
+    temperature: float,
+) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Rows, their log-probs, and those under the tempered distribution, without sorting.
+
+    References:
+        own; see `kernels.draw.draw_rows`.
+    """
+    from vpmoe.kernels.draw import draw_rows
+
+    return draw_rows(logits, streams, places, temperature=temperature)
+
+
 def require_fused(config: StudentConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
     """Refuse what the kernels do not compute.
 
@@ -271,5 +300,7 @@ FUSED = Kernels(
     embed=embed_fused,
     scope=scope_fused,
     region=compiled_region,
+    decoder=decoder_fused,
+    draw=draw_fused,
     require=require_fused,
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from vpmoe.errors import ConfigError
 from vpmoe.models.attention.base import QueriesKeysValues, heads_reference
 from vpmoe.models.attention.sink import AttentionScope, attend_reference
+from vpmoe.models.decode import Decoder, ReferenceDecoder
 from vpmoe.models.experts import moe_reference
 from vpmoe.models.norm import add_norm_reference
 from vpmoe.models.router import route_reference
@@ -31,6 +32,8 @@ class Kernels:
         embed: Rows of an embedding, as `torch.nn.functional.embedding`.
         scope: What `attend` wants to know of an `AttentionScope`, made once per batch.
         region: Wraps what lies between the others, a layer's dense part.
+        decoder: What a sampler stands on: takes a student, and `slots` and `capacity` by name.
+        draw: Tokens from logits, in place of `rollouts.draw.choose`; None for that one.
         require: Refuses students, devices and dtypes that it does not compute.
     """
 
@@ -42,6 +45,8 @@ class Kernels:
     embed: Callable[[Tensor, Tensor], Tensor]
     scope: Callable[[AttentionScope], Any]
     region: Callable[[Callable[..., Any]], Callable[..., Any]]
+    decoder: Callable[..., Decoder]
+    draw: Callable[..., tuple[Tensor, Tensor, Tensor]] | None
     require: Callable[..., None]
 
 
@@ -62,6 +67,8 @@ REFERENCE = Kernels(
     embed=F.embedding,
     scope=_same,
     region=_same,
+    decoder=ReferenceDecoder,
+    draw=None,
     require=_anything,
 )
 

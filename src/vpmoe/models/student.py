@@ -86,8 +86,9 @@ class Layer(nn.Module):
         cache: LayerCache | None,
     ) -> LayerResult:
         """The stream after the layer, values for later layers, and routing statistics."""
-        # A cache grows by a token per call: nothing to compile for.
-        dense = self.kernels.region(dense_part) if cache is None else dense_part
+        # Prompts come in few shapes; single tokens have a decoder of their own where speed counts.
+        is_step = cache is not None and not cache.step.is_prefill
+        dense = dense_part if is_step else self.kernels.region(dense_part)
         hidden, normed, values = dense(self, hidden, first_values, view, shared_weight, cache)
         if not isinstance(self.mlp, Moe):
             return hidden, values, None

@@ -5,14 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from vpmoe.batch import ReasoningEffort
 from vpmoe.data.completion import ParsedCompletion, parse_completion
 from vpmoe.data.harmony import Renderer, decode, encode, o200k
 from vpmoe.errors import DataError
 from vpmoe.models.student import Student
-from vpmoe.rollouts.sampler import Draw, choose, uniforms
+from vpmoe.rollouts.draw import Draw
+from vpmoe.rollouts.sampler import Sampler
 from vpmoe.vocabulary import (
     CHANNEL,
     COMPLETION_HEADER,
@@ -21,7 +21,6 @@ from vpmoe.vocabulary import (
     FIRST_SPECIAL,
     MESSAGE,
     START,
-    STOP_TOKENS,
     USER,
 )
 
@@ -100,6 +99,7 @@ class ChatSession:
         self.renderer = renderer
         self.effort: ReasoningEffort | None = effort
         self.max_new_tokens = max_new_tokens
+        self._sampler = Sampler(student, max_batch=1)
         self._draw = Draw(temperature, top_p, seed)
         self._history = np.empty(0, dtype=np.int64)
         self._turns = 0
@@ -155,26 +155,10 @@ class ChatSession:
                 hint="ask in words that its training data used",
             )
 
-    @torch.no_grad()
     def _tokens(self, prompt: np.ndarray) -> Iterator[int]:
-        student = self.student.eval()
-        device = student.head_weight.device
-        cache = student.new_cache(batch=1, capacity=len(prompt) + self.max_new_tokens)
-        fresh = torch.from_numpy(prompt)[None].to(device)
-        positions = torch.arange(len(prompt), device=device)[None]
-        for place in range(self.max_new_tokens):
-            hidden = student(
-                fresh, positions=positions, document_ids=torch.zeros_like(fresh), cache=cache
-            ).hidden[:, -1]
-            uniform = uniforms(self._draw.seed, np.array([self._turns]), np.array([place]))
-            rows, _, _ = choose(
-                student.logits(hidden), torch.from_numpy(uniform).to(device), draw=self._draw
-            )
-            fresh, positions = student.ids_of(rows)[:, None], positions[:, -1:] + 1
-            token = int(fresh)
-            yield token
-            if token in STOP_TOKENS:
-                return
+        return self._sampler.stream(
+            prompt, max_new_tokens=self.max_new_tokens, draw=self._draw, request=self._turns
+        )
 
 
 def _final_tokens(completion: Sequence[int]) -> list[int]:

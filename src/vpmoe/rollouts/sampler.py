@@ -1,25 +1,27 @@
-"""The student writes: batched sampling with a key/value cache.
+"""The student writes: continuous batching over a fixed number of slots.
 
 What is sampled for a prompt is a function of the seed, the prompt's number and the token's place
 alone: neither the batch it shares nor the order of work changes it.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from vpmoe.batch import PADDING_DOCUMENT
 from vpmoe.errors import UsageError
-from vpmoe.models.cache import KeyValueCache
 from vpmoe.models.student import Student
+from vpmoe.rollouts.draw import Draw
+from vpmoe.rollouts.slots import Slots
 from vpmoe.vocabulary import STOP_TOKENS
 
-COMPACT_BELOW = 0.85  # share of unfinished conversations under which the finished ones leave
+ADMIT_SHARE = 8  # prompts are read once this part of the slots is free, for a pass costs as a step
+ROUNDED = 256  # capacities are multiples of this, so that slots serve more than one call
+COMPACT_BELOW = 0.85  # share of slots in use under which the empty ones are given up
 
 
 @dataclass(frozen=True)
@@ -39,91 +41,6 @@ class Completion:
     stop_reason: Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
-class Draw:
-    """How a token is chosen.
-
-    Attributes:
-        temperature: What logits are divided by; 0 takes the likeliest token.
-        top_p: Only the likeliest tokens that together reach this probability are drawn from.
-        seed: Root of all randomness.
-    """
-
-    temperature: float
-    top_p: float
-    seed: int
-
-
-def uniforms(
-    seed: int, prompts: Int[np.ndarray, " batch"], places: Int[np.ndarray, " batch"]
-) -> Float[np.ndarray, " batch"]:
-    """One number in [0, 1) for each (seed, prompt, place), float64; equal arguments, equal number.
-
-    References:
-        Steele et al., "Fast Splittable Pseudorandom Number Generators" (OOPSLA 2014): its finishing
-        function, chained over the three words.
-    """
-    state = _scrambled(np.full(prompts.shape, seed & 0xFFFF_FFFF_FFFF_FFFF, dtype=np.uint64))
-    state = _scrambled(state ^ prompts.astype(np.uint64))
-    state = _scrambled(state ^ places.astype(np.uint64))
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _scrambled(words: np.ndarray) -> np.ndarray:
-    words = words + np.uint64(0x9E37_79B9_7F4A_7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
-    return words ^ (words >> np.uint64(31))
-
-
-def nucleus(logits: Float[Tensor, "batch rows"], *, top_p: float) -> Float[Tensor, "batch rows"]:
-    """Logits with every token outside the nucleus at -inf.
-
-    The nucleus is the smallest set of likeliest tokens whose probabilities reach `top_p`; it is
-    never empty.
-
-    References:
-        Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020), arXiv:1904.09751.
-    """
-    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
-    shares = ranked.softmax(dim=-1)
-    outside = shares.cumsum(dim=-1) - shares >= top_p
-    outside[:, 0] = False
-    return logits.masked_fill(torch.zeros_like(outside).scatter_(1, order, outside), -torch.inf)
-
-
-def choose(
-    logits: Float[Tensor, "batch rows"], uniform: Float[Tensor, " batch"], *, draw: Draw
-) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Rows chosen, their log-probs under the model, and under what they were drawn from.
-
-    A draw inverts the cumulative distribution at `uniform`, in row order and float64.
-
-    References:
-        own.
-    """
-    logits = logits.float()
-    logprobs = logits.log_softmax(dim=-1)
-    if draw.temperature == 0:
-        rows = logits.argmax(dim=-1)
-        return rows, _of(logprobs, rows), torch.zeros_like(uniform, dtype=torch.float32)
-    behavior = logprobs
-    if draw.temperature != 1 or draw.top_p < 1:
-        tempered = logits / draw.temperature
-        if draw.top_p < 1:
-            tempered = nucleus(tempered, top_p=draw.top_p)
-        behavior = tempered.log_softmax(dim=-1)
-    heights = behavior.double().exp().cumsum(dim=-1)
-    target = uniform.double()[:, None] * heights[:, -1:]
-    rows = torch.searchsorted(heights, target, right=True).squeeze(1)
-    rows = rows.clamp_max(logits.shape[1] - 1)
-    return rows, _of(logprobs, rows), _of(behavior, rows)
-
-
-def _of(logprobs: Tensor, rows: Tensor) -> Tensor:
-    return logprobs.gather(1, rows[:, None]).squeeze(1)
-
-
 class Sampler:
     """Writes completions with a student.
 
@@ -137,13 +54,14 @@ class Sampler:
             raise UsageError(f"max_batch is {max_batch}", hint="at least 1")
         self.student = student
         self.max_batch = max_batch
+        self._slots: Slots | None = None
 
     @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[np.ndarray],
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -153,7 +71,7 @@ class Sampler:
 
         Args:
             prompts: o200k ids, each at least one.
-            max_new_tokens: Tokens after which a completion is cut.
+            max_new_tokens: Tokens after which a completion is cut, for all or for each.
             temperature: 0 is greedy.
             top_p: In (0, 1].
             seed: Same seed and same prompts, same completions.
@@ -162,27 +80,119 @@ class Sampler:
         Raises:
             UsageError: If a setting or a prompt makes no sense.
         """
-        _require(prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        if isinstance(max_new_tokens, int):
+            max_new_tokens = [max_new_tokens] * len(prompts)
+        _require(prompts, max_new_tokens, temperature=temperature, top_p=top_p)
+        if not prompts:
+            return []
+        prompts = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
         draw = Draw(temperature, top_p, seed)
-        stops = np.asarray(stop_tokens, dtype=np.int64)
-        was_training = self.student.training
-        self.student.eval()
-        done: list[Completion] = []
-        try:
-            for begin in range(0, len(prompts), self.max_batch):
-                numbers = np.arange(begin, min(begin + self.max_batch, len(prompts)))
-                wave = _Wave(self.student, prompts, numbers, max_new_tokens)
-                done += wave.run(draw, stops)
-        finally:
-            self.student.train(was_training)
-        return done
+        capacity = max(len(p) + n for p, n in zip(prompts, max_new_tokens, strict=True))
+        with _evaluating(self.student):
+            slots = self._slots_for(
+                draw, stop_tokens, slots=min(self.max_batch, len(prompts)), capacity=capacity
+            )
+            return _written(slots, prompts, max_new_tokens)
+
+    def release(self) -> None:
+        """Give back the memory of caches and graphs, which otherwise stay for the next call."""
+        self._slots = None
+        if self.student.head_weight.is_cuda:
+            torch.cuda.empty_cache()
+
+    def _slots_for(self, draw: Draw, stops: Sequence[int], *, slots: int, capacity: int) -> Slots:
+        """The slots of the call before where they serve, others where not."""
+        held = self._slots
+        if held is not None and held.serves(draw, stops, slots=slots, capacity=capacity):
+            held.renew(draw)
+            return held
+        self.release()
+        capacity = -(-capacity // ROUNDED) * ROUNDED
+        made = Slots(self.student, draw, stops, slots=slots, capacity=capacity)
+        if made.decoder.is_static:
+            self._slots = made
+        return made
+
+    @torch.no_grad()
+    def stream(
+        self, prompt: np.ndarray, *, max_new_tokens: int, draw: Draw, request: int = 0
+    ) -> Iterator[int]:
+        """The tokens of one completion as they come.
+
+        Args:
+            prompt: o200k ids, at least one.
+            max_new_tokens: Tokens after which it is cut.
+            draw: How a token is chosen.
+            request: Another number, other draws.
+
+        Raises:
+            UsageError: If a setting or the prompt makes no sense.
+        """
+        _require([prompt], [max_new_tokens], temperature=draw.temperature, top_p=draw.top_p)
+        with _evaluating(self.student):
+            capacity = len(prompt) + max_new_tokens
+            slots = self._slots_for(draw, STOP_TOKENS, slots=1, capacity=capacity)
+            slots.admit([0], [np.asarray(prompt, dtype=np.int64)], [request], [max_new_tokens])
+            is_going = True
+            while is_going:
+                is_going = bool(slots.advance(1)[0])
+                yield int(slots.take([0])[0][0][-1])
+
+
+def _written(
+    slots: Slots, prompts: Sequence[np.ndarray], limits: Sequence[int]
+) -> list[Completion]:
+    """Every prompt's completion: finished ones leave their slots, new prompts enter."""
+    waiting = deque(range(len(prompts)))
+    owner = np.full(slots.decoder.slots, -1)  # which prompt a slot works on
+    done: dict[int, Completion] = {}
+    while waiting or (owner >= 0).any():
+        free = np.flatnonzero(owner < 0)
+        enough = min(len(waiting), -(-len(owner) // ADMIT_SHARE))
+        if waiting and len(free) >= enough:
+            entering = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+            into = free[: len(entering)]
+            owner[into] = entering
+            slots.admit(
+                into.tolist(),
+                [prompts[number] for number in entering],
+                entering,
+                [limits[number] for number in entering],
+            )
+        is_active = slots.advance(slots.stride)
+        leaving = np.flatnonzero(~is_active & (owner >= 0))
+        if leaving.size:
+            for number, (tokens, own, behavior, has_stopped) in zip(
+                owner[leaving].tolist(), slots.take(leaving.tolist()), strict=True
+            ):
+                reason = "stop" if has_stopped else "length"
+                done[number] = Completion(tokens, own, behavior, reason)
+            owner[leaving] = -1
+        going = np.flatnonzero(owner >= 0)
+        is_shrinking = not waiting and 0 < going.size < COMPACT_BELOW * owner.size
+        if is_shrinking and not slots.decoder.is_static:
+            slots.keep(going.tolist())
+            owner = owner[going]
+    return [done[number] for number in range(len(prompts))]
+
+
+@contextmanager
+def _evaluating(student: Student) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    was_training = student.training
+    student.eval()
+    try:
+        yield
+    finally:
+        student.train(was_training)
 
 
 def _require(
-    prompts: Sequence[np.ndarray], *, max_new_tokens: int, temperature: float, top_p: float
+    prompts: Sequence[np.ndarray], limits: Sequence[int], *, temperature: float, top_p: float
 ) -> None:
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}", hint="at least 1")
+    for limit in limits:
+        if limit < 1:
+            raise UsageError(f"max_new_tokens is {limit}", hint="at least 1")
     if not temperature >= 0:
         raise UsageError(f"temperature is {temperature}", hint="0 for greedy, or more")
     if not 0 < top_p <= 1:
@@ -190,92 +200,3 @@ def _require(
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UsageError(f"prompt {number} is empty", hint="a prompt has at least one token")
-
-
-class _Wave:
-    """Conversations that are written side by side; those that end leave the batch."""
-
-    def __init__(
-        self,
-        student: Student,
-        prompts: Sequence[np.ndarray],
-        numbers: Int[np.ndarray, " batch"],
-        max_new_tokens: int,
-    ) -> None:
-        self.student = student
-        self.device = student.head_weight.device
-        self.prompts = [np.asarray(prompts[n], dtype=np.int64) for n in numbers]
-        self.numbers = numbers
-        self.limit = max_new_tokens
-        self.lengths = np.array([len(prompt) for prompt in self.prompts])
-        self.cache: KeyValueCache = student.new_cache(
-            batch=len(numbers), capacity=int(self.lengths.max()) + max_new_tokens
-        )
-
-    def run(self, draw: Draw, stops: Int[np.ndarray, " stops"]) -> list[Completion]:
-        """Write until every conversation has ended."""
-        batch = len(self.numbers)
-        tokens = np.zeros((batch, self.limit), dtype=np.int64)
-        logprobs = np.zeros((2, batch, self.limit), dtype=np.float32)
-        written = np.full(batch, self.limit)
-        has_stopped = np.zeros(batch, dtype=bool)
-        active = np.arange(batch)  # which conversations the rows of the batch are
-        hidden = self._read_prompts()
-        for place in range(self.limit):
-            uniform = uniforms(draw.seed, self.numbers[active], np.full(active.shape, place))
-            rows, own, behavior = choose(
-                self.student.logits(hidden), torch.from_numpy(uniform).to(self.device), draw=draw
-            )
-            chosen = self.student.ids_of(rows)
-            tokens[active, place] = chosen.cpu().numpy()
-            logprobs[:, active, place] = torch.stack((own, behavior)).cpu().numpy()
-            ends = np.isin(tokens[active, place], stops) & ~has_stopped[active]
-            written[active[ends]] = place + 1
-            has_stopped[active[ends]] = True
-            going = np.flatnonzero(~has_stopped[active])
-            if going.size == 0 or place == self.limit - 1:
-                break
-            if going.size < COMPACT_BELOW * active.size:
-                active = active[going]
-                kept = torch.from_numpy(going).to(self.device)
-                chosen = chosen[kept]
-                self.cache.keep(kept)
-            hidden = self._read_tokens(chosen, self.lengths[active] + place)
-        return [
-            Completion(
-                tokens=tokens[i, : written[i]],
-                logprobs=logprobs[0, i, : written[i]],
-                behavior_logprobs=logprobs[1, i, : written[i]],
-                stop_reason="stop" if has_stopped[i] else "length",
-            )
-            for i in range(batch)
-        ]
-
-    def _read_prompts(self) -> Float[Tensor, "batch dim"]:
-        """Last state of each prompt."""
-        shape = (len(self.prompts), int(self.lengths.max()))
-        tokens = np.full(shape, self.prompts[0][0])  # padding is masked; any known id does
-        for row, prompt in zip(tokens, self.prompts, strict=True):
-            row[: len(prompt)] = prompt
-        place = np.arange(shape[1])
-        documents = np.where(place < self.lengths[:, None], 0, PADDING_DOCUMENT)
-        output = self.student(
-            torch.from_numpy(tokens).to(self.device),
-            positions=torch.from_numpy(np.broadcast_to(place, shape).copy()).to(self.device),
-            document_ids=torch.from_numpy(documents).to(self.device),
-            cache=self.cache,
-        )
-        rows = torch.arange(shape[0], device=self.device)
-        return output.hidden[rows, torch.from_numpy(self.lengths - 1).to(self.device)]
-
-    def _read_tokens(
-        self, tokens: Int[Tensor, " batch"], places: Int[np.ndarray, " batch"]
-    ) -> Float[Tensor, "batch dim"]:
-        """States after one more token each."""
-        output = self.student(
-            tokens[:, None],
-            positions=torch.from_numpy(places)[:, None].to(self.device),
-            document_ids=torch.zeros_like(tokens)[:, None],
-            cache=self.cache,
-        )
-        return output.hidden[:, 0]

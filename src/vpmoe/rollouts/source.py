@@ -11,7 +11,7 @@ from vpmoe.batch import ReasoningEffort, Rollout
 from vpmoe.config import Config
 from vpmoe.data.prompts import PromptPool, shuffled_index
 from vpmoe.models.student import Student
-from vpmoe.rollouts.curriculum import EFFORTS, PhaseConfig, effort_of
+from vpmoe.rollouts.curriculum import PhaseConfig, effort_of
 from vpmoe.rollouts.sampler import Sampler
 from vpmoe.rollouts.scoring import with_teacher
 from vpmoe.teachers.base import Teacher
@@ -118,6 +118,7 @@ class LocalRollouts:
         """The scored rollouts that were asked for, in order."""
         begin = perf_counter()
         written = self._write(request)
+        self._sampler.release()  # the step that follows needs the memory
         middle = perf_counter()
         scored = with_teacher(written, self._teacher)
         self.seconds = {"sampling": middle - begin, "scoring": perf_counter() - middle}
@@ -134,27 +135,23 @@ class LocalRollouts:
             )
             for number, effort in zip(numbers, efforts, strict=True)
         ]
-        written: dict[int, Rollout] = {}
-        for effort in EFFORTS:
-            chosen = [i for i, e in enumerate(efforts) if e == effort]
-            if not chosen:
-                continue
-            completions = self._sampler.generate(
-                [prompts[i].tokens for i in chosen],
-                max_new_tokens=self._config.max_new_tokens[effort],
-                seed=_seed_of(self._seed, request.policy_version, members[chosen[0]]),
+        completions = self._sampler.generate(
+            [prompt.tokens for prompt in prompts],
+            max_new_tokens=[self._config.max_new_tokens[effort] for effort in efforts],
+            seed=_seed_of(self._seed, request.policy_version, members.start),
+        )
+        return [
+            Rollout(
+                sample_id=prompt.sample_id,
+                prompt=prompt.tokens,
+                completion=completion.tokens,
+                rollout_logprobs=completion.logprobs,
+                policy_version=request.policy_version,
+                reasoning_effort=effort,
+                stop_reason=completion.stop_reason,
             )
-            for i, completion in zip(chosen, completions, strict=True):
-                written[i] = Rollout(
-                    sample_id=prompts[i].sample_id,
-                    prompt=prompts[i].tokens,
-                    completion=completion.tokens,
-                    rollout_logprobs=completion.logprobs,
-                    policy_version=request.policy_version,
-                    reasoning_effort=effort,
-                    stop_reason=completion.stop_reason,
-                )
-        return [written[i] for i in range(len(members))]
+            for prompt, effort, completion in zip(prompts, efforts, completions, strict=True)
+        ]
 
 
 def _seed_of(seed: int, policy_version: int, first: int) -> int:
