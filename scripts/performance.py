@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from performance_sampling import sampling
 from performance_teacher import teacher_scoring
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -58,7 +59,8 @@ the run with the reason: another implementation is never taken instead.
 | head + loss | chunks of bf16 logits overwritten by their gradient; head summed in fp32 |
 | optimizer | one pass over a parameter before and one after the orthogonalization |
 
-Decoding from a cache takes the reference's attention and the fused experts and router."""
+The sampler has a decoding step of its own: eight launches per layer, a CUDA graph per step, rings
+for windows, slots that finished conversations leave and new ones enter."""
 
 
 def load(name: str) -> dict[str, Any]:
@@ -309,6 +311,7 @@ def main() -> None:
     """Write the page, or compare it."""
     scoring = teacher_scoring(load("teacher-scoring"), table)
     regions = [whole_model(), kernels(), losses(), router_programs(), profile(), scoring]
+    regions.append(sampling(load("sampling"), table))
     page = "\n\n".join([INTRO, *regions]) + "\n"
     if "--check" in sys.argv[1:]:
         if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:

@@ -114,7 +114,8 @@ class FusedDecoder(Decoder):
         for kind, position in student.positions.items():
             assert isinstance(position, Position)
             found = position.rotation(places[:, None])
-            rotations[kind] = None if found is None else tuple(t.contiguous() for t in found)
+            tables = None if found is None else (found.cosines, found.sines)
+            rotations[kind] = None if tables is None else tuple(t.contiguous() for t in tables)
         stream, parts = F.embedding(rows, student.embedding.weight), None
         for number, step in enumerate(self.steps, start=1):
             decode.normalise(stream, step.attention_gamma, parts, self.normed, eps=eps)
