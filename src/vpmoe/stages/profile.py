@@ -21,6 +21,7 @@ from vpmoe.stages.base import Prepared, StageConfig
 from vpmoe.storage.manifest import provenance, write_manifest
 from vpmoe.train.device import world
 from vpmoe.train.estimate import estimate
+from vpmoe.train.graph import graph_stream
 from vpmoe.train.metrics import GIB, Stopwatch
 from vpmoe.train.parallel import Replica
 from vpmoe.train.regions import ACCUMULATION, REGIONS, Attribution, attribute, marked, scoped
@@ -54,7 +55,8 @@ def run(
     """What a step of the stage costs; also written to `settings.out`, with a picture.
 
     The steps are real ones, on the stage's own data, and move the student; nothing of them is kept.
-    Times come from steps without a profiler; one more step under it says which kernel worked when.
+    Times come from steps without a profiler, replayed where the config says so; one more step under
+    it, launched kernel by kernel, says which kernel worked when.
 
     Args:
         config: A stage of training.
@@ -63,16 +65,19 @@ def run(
     """
     prepare = sys.modules[type(config).__module__].prepare
     with world(config.device, threads=config.threads) as ranks, ExitStack() as stack:
+        if config.cuda_graph:
+            stack.enter_context(graph_stream(ranks.device))
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         ready: Prepared = prepare(config, ranks)
         student = ready.student.train()
         student.activation_checkpointing = config.activation_checkpointing
-        replica = Replica(student, config.optimizer, ranks)
+        replica = Replica(student, config.optimizer, ranks, cuda_graph=config.cuda_graph)
         setup_s = time.perf_counter() - begin
         bench = _Bench(config, ready, replica, settings, progress)
         times = bench.times()
+        replica.drop_graphs()  # what is replayed has no layers to look at
         memory = bench.memory()
         stack.enter_context(marked(student))
         found = bench.attribution()

@@ -89,6 +89,10 @@ class Replica:
         """Inside, gradients pile up; ranks exchange them only after the last micro-batch."""
         return nullcontext() if is_last else self._ddp.no_sync()
 
+    def drop_graphs(self) -> None:
+        """From now on every pass is launched kernel by kernel; the graphs' memory is free."""
+        self._graphed = None
+
     def zero_gradients(self) -> None:
         """Start a step: empty gradient buffers."""
         self._ddp.zero_grad_buffer()
