@@ -215,15 +215,24 @@ def _attention_flops(config: StudentConfig, seq_len: int) -> float:
 
 
 def _activation_bytes(config: StudentConfig) -> int:
-    """Two streams and their norms, attention's inputs before and after norm, and hidden units."""
+    """What the fused kernels keep: streams, projections, attention's inputs and output, units."""
     width = config.num_heads * config.head_dim
     kv_width = config.num_kv_heads * config.head_dim
-    attention = 4 * config.hidden_size + 2 * (width + kv_width) + kv_width + width
-    numbers = config.num_layers * attention + config.dense_layers * 2 * config.dense_hidden
-    if config.moe is not None:
-        chosen = config.moe.num_experts_per_token
-        units = 2 * (chosen * config.moe.expert_hidden + config.moe.shared_expert_hidden)
-        numbers += config.num_moe_layers * (2 * chosen * config.hidden_size + units)
+    numbers = 0
+    for layer in range(1, config.num_layers + 1):
+        attention = config.attention_of(layer)
+        projected = width + 2 * kv_width
+        if isinstance(attention, TpaConfig):
+            mixtures = config.num_heads * attention.q_rank
+            mixtures += 2 * config.num_kv_heads * attention.rank
+            projected = mixtures + (attention.q_rank + 2 * attention.rank) * config.head_dim
+        numbers += 3 * config.hidden_size + projected + 2 * width + 2 * kv_width
+        if config.is_moe(layer) and config.moe is not None:
+            chosen = config.moe.num_experts_per_token
+            numbers += chosen * config.moe.expert_hidden + 2 * config.moe.shared_expert_hidden
+            numbers += 2 * config.moe.num_experts  # float32 scores
+        else:
+            numbers += 2 * config.dense_hidden
     return 2 * numbers
 
 

@@ -7,17 +7,18 @@ from vpmoe.models.config import StudentConfig
 from vpmoe.models.count import ROUTED, CountReport, count
 from vpmoe.train.config import TrainConfig
 
-# Shares of the dense peak that products reach, and passes over memory: fitted to the fused path on
-# one H200 (docs/performance.md), and compared with the measurement by every `vpmoe profile`.
+# Shares of the dense peak that products reach, and passes over memory: fitted to kernel times of the
+# fused path on one H200 (docs/performance.md), and put beside the measurement by `vpmoe profile`.
 PRODUCT_SHARE = 0.62  # dense layers
-EXPERT_SHARE = 0.17  # narrow experts are bound by the rows they stream
-HEAD_SHARE = 0.55
-ATTENTION_SHARE = 0.18
-POLAR_SHARE = 0.23
-LAYER_BYTES_FACTOR = 3.1  # passes over what a layer keeps, forward and backward
+EXPERT_SHARE = 0.21  # narrow experts are bound by the rows they stream
+HEAD_SHARE = 0.60
+ATTENTION_SHARE = 0.27
+POLAR_SHARE = 0.27
+LAYER_BYTES_FACTOR = 9.3  # passes over what a layer keeps, norms, heads and router in them
 BYTES_PER_FLOP = 4.3e12 / 989e12  # memory bandwidth of the device per dense FLOP
-OPTIMIZER_BYTES = 34  # read and written per parameter: gradient, momentum, master, weight
-POLAR_PRODUCTS = 3 * 5  # per matrix and step
+OPTIMIZER_BYTES = 66  # per parameter and step, clipping and sums of gradients included
+POLAR_PRODUCTS = 5  # of a matrix with its own width, per step
+LOGITS_COPIES = 2  # a chunk of bfloat16 logits and its gradient's products
 
 
 @dataclass(frozen=True)
