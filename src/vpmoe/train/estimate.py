@@ -7,8 +7,8 @@ from vpmoe.models.config import StudentConfig
 from vpmoe.models.count import ROUTED, CountReport, count
 from vpmoe.train.config import TrainConfig
 
-# Shares of the dense peak that products reach, and passes over memory: fitted to kernel times of the
-# fused path on one H200 (docs/performance.md), and put beside the measurement by `vpmoe profile`.
+# Shares of the dense peak that products reach, and passes over memory: fitted to kernel times of
+# the fused path on one H200 (docs/performance.md); `vpmoe profile` puts them beside what it measures.
 PRODUCT_SHARE = 0.62  # dense layers
 EXPERT_SHARE = 0.21  # narrow experts are bound by the rows they stream
 HEAD_SHARE = 0.60
@@ -18,7 +18,6 @@ LAYER_BYTES_FACTOR = 9.3  # passes over what a layer keeps, norms, heads and rou
 BYTES_PER_FLOP = 4.3e12 / 989e12  # memory bandwidth of the device per dense FLOP
 OPTIMIZER_BYTES = 66  # per parameter and step, clipping and sums of gradients included
 POLAR_PRODUCTS = 5  # of a matrix with its own width, per step
-LOGITS_COPIES = 2  # a chunk of bfloat16 logits and its gradient's products
 
 
 @dataclass(frozen=True)
