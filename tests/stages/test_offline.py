@@ -17,7 +17,7 @@ from vpmoe.config import validate
 from vpmoe.data.dataset import Dataset
 from vpmoe.data.loader import PackedLoader
 from vpmoe.data.mixture import uses_anchor
-from vpmoe.errors import ConfigError, DataError
+from vpmoe.errors import ConfigError, DataError, RunError
 from vpmoe.losses import ForwardKLConfig
 from vpmoe.models.config import StudentConfig
 from vpmoe.models.student import build_student
@@ -259,6 +259,21 @@ def test_drawn_ids_teach(stored):
     for row in rows:
         assert row["train/teacher_mass/final"] == pytest.approx(1, abs=1e-5)
         assert "train/kl_at_least/final" not in row
+
+
+def test_a_run_does_not_go_on_with_another_store_at_the_same_path(stored):
+    chosen = {"data": str(stored / "data"), "output": str(stored / "again"), "teacher": TEACHER}
+    chosen |= {"selection": {"fraction": 0.5}}
+    changes = {"targets": {"path": str(stored / "again")}, "checkpoint": {"every_steps": 1}}
+    for codec in ({"kind": "set_coded", "k": 8}, {"kind": "set_coded", "k": 4}):
+        score.run(validate(ScoreConfig, chosen | {"codec": codec}, source="test"), overwrite=True)
+        config = stage_two(stored, "2-again", loss={"kind": "forward_kl"}, **changes)
+        if codec["k"] == 8:
+            with pytest.raises(KeyboardInterrupt):
+                offline.run(config, observers=[Killer(2)])
+            offline.run(config, resume=True)  # the same one is no other
+    with pytest.raises(RunError, match=r"targets\.codec\.k: 8 → 4"):
+        offline.run(config, resume=True)
 
 
 def test_check_knows_a_store_that_lacks_what_the_loss_reads(stored):

@@ -1,5 +1,7 @@
 """A finished dataset, opened for reading: one conversation per index."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,8 +174,10 @@ class Dataset:
     @property
     def identity(self) -> dict[str, Any]:
         """What a target store or a checkpoint notes about the dataset that it belongs to."""
+        content = json.dumps(self.manifest["splits"], sort_keys=True)  # names, counts, file hashes
         return {
             "manifest_sha256": file_sha256(self.path / MANIFEST_NAME),
+            "content_sha256": hashlib.sha256(content.encode()).hexdigest(),
             "fingerprint": self.manifest["fingerprint"],
             "tokenizer_sha256": self.manifest["tokenizer"]["sha256"],
             "render": self.manifest["config"]["render"],

@@ -1,5 +1,6 @@
 """What must survive a crash: opening a run, saving it, and going on where it stopped."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,13 +125,40 @@ def save(
 
 
 def restore(path: Path, replica: Replica, plan: Plan) -> Position:
-    """Put back what `save` wrote, on any number of ranks; called on every rank."""
+    """Put back what `save` wrote, on any number of ranks; called on every rank.
+
+    Raises:
+        RunError: If data, targets or teacher are no longer those that the run was started with.
+    """
+    _refuse_other_inputs(path, plan.inputs)
     state, extra = load_checkpoint(path, _sharded_state(replica))
     replica.student.load_state_dict(state["model"])
     replica.optimizer.load_state(state["optimizer"])
     plan.load_state(extra["plan"])
     _set_random_state(extra["random"], replica.world)
     return Position(step=extra["step"], tokens_seen=extra["tokens_seen"])
+
+
+def _refuse_other_inputs(path: Path, inputs: Mapping[str, Any]) -> None:
+    """The same path may hold another dataset or target store by now; the config would not tell."""
+    kept = read_checkpoint_manifest(path).get("inputs", {})
+    lines = difference(_contents(kept), _contents(json.loads(json.dumps(inputs))))
+    if lines:
+        raise RunError(
+            f"what {path.parent} learns from has changed since {path.name}: {'; '.join(lines)}",
+            hint="put back what it was started with, or start a new run",
+        )
+
+
+def _contents(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the batches: not the parent, whose weights are in the checkpoint by now.
+
+    A dataset that was built again has another manifest, but the same content.
+    """
+    tree = {name: value for name, value in inputs.items() if name != "init"}
+    if "content_sha256" in tree.get("data", {}):
+        tree["data"] = {"content_sha256": tree["data"]["content_sha256"]}
+    return tree
 
 
 def _sharded_state(replica: Replica) -> dict[str, Any]:
