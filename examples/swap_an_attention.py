@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from vpmoe.config import Config, load
-from vpmoe.models.attention.base import Attention, AttentionShape
+from vpmoe.models.attention.base import Attention, AttentionShape, Projection
 from vpmoe.models.attention.gqa import GqaConfig
 from vpmoe.models.mlp import Linear
 from vpmoe.models.positions import GrapeAConfig, PositionConfig
@@ -41,6 +41,11 @@ class Shared(Attention):
         dim, bias = shape.hidden_size, shape.bias
         self.q_proj = Linear(dim, shape.num_heads * shape.head_dim, bias=bias)
         self.k_proj = Linear(dim, shape.num_kv_heads * shape.head_dim, bias=bias)
+
+    def projections(self) -> tuple[Projection, Projection, Projection]:
+        """Where they come from, for kernels that make all three at once."""
+        keys = Projection(self.k_proj, self.k_proj.bias)
+        return Projection(self.q_proj, self.q_proj.bias), keys, keys
 
     def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of each token."""

@@ -8,7 +8,7 @@ from vpmoe.models.count import ROUTED, CountReport, count
 from vpmoe.train.config import TrainConfig
 
 # Shares of the dense peak that products reach, and passes over memory: fitted to kernel times of
-# the fused path on one H200 (docs/performance.md); `vpmoe profile` puts them beside what it measures.
+# the fused path on one H200 (docs/performance.md); `vpmoe profile` holds them against what it sees.
 PRODUCT_SHARE = 0.62  # dense layers
 EXPERT_SHARE = 0.21  # narrow experts are bound by the rows they stream
 HEAD_SHARE = 0.60
