@@ -106,8 +106,8 @@ def open_targets(path: Path, dataset: Dataset) -> TargetStore:
     """
     store = TargetStore(path)
     store.require(
+        split=dataset.split,  # first: another split's hash differs as well
         dataset_sha256=content_sha256(dataset),
-        split=dataset.split,
         tokenizer_sha256=O200K_SHA256,
     )
     return store
