@@ -5,10 +5,12 @@ import random
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.teachers.tiny import run_and_kill
 from vpmoe.errors import DataError
+from vpmoe.storage.manifest import file_sha256
 from vpmoe.teachers import RecordedTeacherConfig
 from vpmoe.teachers.shards import SampleTargets, shard_files
 from vpmoe.teachers.store import TargetStore, TargetWriter
@@ -197,6 +199,53 @@ def test_a_finished_store_stays_finished(tmp_path):
     write_all(tmp_path, slices(2))
     with TargetWriter(tmp_path, HEADER) as writer:
         assert writer.finished and writer.done == {0, 1}
+
+
+@pytest.mark.parametrize("text", ["{torn", "[]", '{"shards": [1]}', '{"shards": 3}', "{}"])
+def test_a_manifest_that_cannot_be_made_out_is_written_again(tmp_path, text):
+    write_all(tmp_path, slices(2))
+    good = (tmp_path / "manifest.json").read_bytes()
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError):
+        TargetStore(tmp_path)
+    with TargetWriter(tmp_path, HEADER) as writer:
+        assert writer.done == {0, 1} and not writer.finished
+        writer.finish(2)
+    assert (tmp_path / "manifest.json").read_bytes() == good
+
+
+def test_a_manifest_without_names_of_shards_is_refused(tmp_path):
+    write_all(tmp_path, slices(2))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "shards": [1]}))
+    with pytest.raises(DataError, match="lacks the names of its shards"):
+        TargetStore(tmp_path)
+
+
+def test_shards_of_another_version_give_way_to_overwrite(tmp_path):
+    write_all(tmp_path, slices(2))
+    for index, file in shard_files(tmp_path).items():
+        with pa.memory_map(str(file)) as source:
+            table = pa.ipc.open_file(source).read_all().drop_columns(["run_spans"])
+        table = table.replace_schema_metadata({"vpmoe": json.dumps({"codec": {"kind": "old"}})})
+        file.unlink()
+        with pa.ipc.new_file(str(tmp_path / "old"), table.schema) as sink:
+            sink.write_table(table)
+        digest = file_sha256(tmp_path / "old")[:16]
+        (tmp_path / "old").rename(tmp_path / f"targets-{index:05d}-{digest}.arrow")
+    with pytest.raises(DataError, match="scored with other settings"):
+        TargetWriter(tmp_path, HEADER)
+    with TargetWriter(tmp_path, HEADER, overwrite=True) as writer:
+        assert writer.done == set()
+
+
+def test_files_of_somebody_else_are_left_alone(tmp_path):
+    write_all(tmp_path, slices(2))
+    for name in ("targets-old-copy.arrow", "targets-00001-backup.arrow"):
+        (tmp_path / name).write_bytes(b"")
+    with TargetWriter(tmp_path, HEADER) as writer:
+        assert writer.finished and writer.done == {0, 1}
+    assert len(TargetStore(tmp_path)) == 6 and (tmp_path / "targets-old-copy.arrow").exists()
 
 
 def test_two_writers_at_once_are_refused(tmp_path):

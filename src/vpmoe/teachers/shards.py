@@ -1,6 +1,7 @@
 """One file of a target store: what the teacher said about a slice of the selected samples."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ _FIELDS = [
 _CODES = pa.large_list(pa.uint8())  # each of the codec's columns, named after it
 _PREFIX = "codes."
 _DIGITS = 16  # of the file's sha256, in its name
+_NAME = re.compile(rf"targets-(\d+)-[0-9a-f]{{{_DIGITS}}}\.arrow")
 _LOWEST = float(np.finfo(np.float16).min)
 
 
@@ -74,7 +76,10 @@ def shard_files(folder: Path) -> dict[int, Path]:
     """The complete shards of a store by index; a shard has its name only once it is whole."""
     found: dict[int, Path] = {}
     for path in sorted(folder.glob("targets-*-*.arrow")):
-        index = int(path.name.split("-")[1])
+        named = _NAME.fullmatch(path.name)
+        if named is None:
+            continue  # somebody else's file
+        index = int(named[1])
         if index in found:
             raise DataError(
                 f"{folder} holds two shards {index}: {found[index].name} and {path.name}",
@@ -139,6 +144,26 @@ def require_whole(path: Path) -> str:
     return digest
 
 
+def header_of(path: Path) -> dict[str, Any]:
+    """What a shard says of itself, whichever version wrote it.
+
+    Raises:
+        DataError: If it is not a target shard.
+    """
+    return json.loads(_read(path).schema.metadata[b"vpmoe"])
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"cannot read target shard {path}: {error}") from error
+    if b"vpmoe" not in (table.schema.metadata or {}):
+        raise DataError(f"{path} is not a target shard", hint="score again")
+    return table
+
+
 class Shard:
     """A complete shard, mapped into memory.
 
@@ -150,13 +175,7 @@ class Shard:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            with pa.memory_map(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"cannot read target shard {path}: {error}") from error
-        if b"vpmoe" not in (table.schema.metadata or {}):
-            raise DataError(f"{path} is not a target shard", hint="score again")
+        table = _read(path)
         self.header: dict[str, Any] = json.loads(table.schema.metadata[b"vpmoe"])
         self.codec = codec_of(self.header)
         if not table.schema.equals(_schema(self.codec), check_metadata=False):

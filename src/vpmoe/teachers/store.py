@@ -26,6 +26,7 @@ from vpmoe.teachers.shards import (
     SampleTargets,
     Shard,
     codec_of,
+    header_of,
     is_named_by,
     remove_temporaries,
     require_whole,
@@ -83,7 +84,7 @@ class TargetWriter:
         digests: dict[int, str] = {}
         for index, file in shard_files(self.path).items():
             digest = file_sha256(file)
-            before = Shard(file).header if is_named_by(file, digest) else None
+            before = header_of(file) if is_named_by(file, digest) else None
             if before == self.header:
                 digests[index] = digest
             elif overwrite:
@@ -96,10 +97,8 @@ class TargetWriter:
                     hint="choose another output, undo the change, or give --overwrite",
                 )
         manifest = self.path / MANIFEST_NAME
-        if manifest.exists():
-            listed = {entry["sha256"] for entry in read_manifest(manifest).get("shards", [])}
-            if listed != set(digests.values()):
-                manifest.unlink()
+        if manifest.exists() and _listed(self.path) != set(digests.values()):
+            manifest.unlink()  # the shards say all that it does, so it is written again
         return digests
 
     @property
@@ -168,6 +167,38 @@ class TargetWriter:
         self.close()
 
 
+def _listed(path: Path) -> set[str] | None:
+    """Hashes of the shards that a store's manifest names; None where it cannot be made out."""
+    try:
+        return {str(entry.get("sha256")) for entry in read_store_manifest(path)["shards"]}
+    except DataError:
+        return None
+
+
+def read_store_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a finished store; its shards are not looked at.
+
+    Raises:
+        DataError: If there is none, or it is not that of a target store.
+    """
+    manifest = read_manifest(path / MANIFEST_NAME)
+    if manifest.get("schema") != SCHEMA:
+        raise DataError(
+            f"{path} has schema {manifest.get('schema')!r}, expected {SCHEMA!r}",
+            hint="give the folder that vpmoe score wrote",
+        )
+    kinds = {"header": dict, "shards": list, "samples": int, "labels": int}
+    lacking = sorted(
+        name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)
+    )
+    if lacking or not all(isinstance(entry, dict) for entry in manifest["shards"]):
+        raise DataError(
+            f"the manifest of {path} lacks {', '.join(lacking) or 'the names of its shards'}",
+            hint="delete it and run vpmoe score again; the shards are kept",
+        )
+    return manifest
+
+
 class TargetStore(Mapping[str, np.ndarray]):
     """A finished store: sample id -> float16 log-probs at the labels of its document.
 
@@ -184,17 +215,7 @@ class TargetStore(Mapping[str, np.ndarray]):
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self.manifest = read_manifest(self.path / MANIFEST_NAME)
-        if self.manifest.get("schema") != SCHEMA:
-            raise DataError(
-                f"{self.path} has schema {self.manifest.get('schema')!r}, expected {SCHEMA!r}",
-                hint="give the folder that vpmoe score wrote",
-            )
-        if missing := {"header", "shards", "samples", "labels"} - self.manifest.keys():
-            raise DataError(
-                f"the manifest of {self.path} lacks {', '.join(sorted(missing))}",
-                hint="delete it and run vpmoe score again; the shards are kept",
-            )
+        self.manifest = read_store_manifest(self.path)
         self.header: dict[str, Any] = self.manifest["header"]
         self.codec = codec_of(self.header)
         self._shards = [self._open(entry) for entry in self.manifest["shards"]]
@@ -214,7 +235,10 @@ class TargetStore(Mapping[str, np.ndarray]):
             raise DataError(f"{file} is not the shard that the manifest names", hint="score again")
         shard = Shard(file)
         if shard.header != self.header:
-            raise DataError(f"{file} was scored with other settings than the store's")
+            raise DataError(
+                f"{file} was scored with other settings than the store's",
+                hint="delete the manifest.json beside it and score again",
+            )
         return shard
 
     def __getitem__(self, sample_id: str) -> np.ndarray:
