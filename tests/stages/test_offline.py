@@ -285,6 +285,9 @@ def test_check_knows_a_store_that_lacks_what_the_loss_reads(stored):
     assert "not scored yet" in line
     with pytest.raises(DataError, match="holds log-probs alone"):
         store_lines(stage_two(stored, "x", loss={"kind": "reverse_kl"}))
+    dataset = {"path": str(stored / "data")}
+    with pytest.raises(DataError, match="has schema None"):
+        store_lines(stage_two(stored, "x", loss={"kind": "reverse_kl"}, targets=dataset))
 
 
 @pytest.mark.parametrize(

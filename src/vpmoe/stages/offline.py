@@ -28,12 +28,12 @@ from vpmoe.stages.base import (
 )
 from vpmoe.stages.live import TaughtLoss
 from vpmoe.stages.score import open_targets
-from vpmoe.storage.manifest import MANIFEST_NAME, read_manifest
+from vpmoe.storage.manifest import MANIFEST_NAME
 from vpmoe.teachers.base import TARGETS, TEACHER_HIDDEN
 from vpmoe.teachers.codecs import Codec
 from vpmoe.teachers.local import LocalTeacherConfig
 from vpmoe.teachers.shards import codec_of
-from vpmoe.teachers.store import TargetStore
+from vpmoe.teachers.store import TargetStore, read_store_manifest
 from vpmoe.train.device import World, world
 from vpmoe.train.hooks import Observer
 from vpmoe.train.loop import train
@@ -275,7 +275,7 @@ def store_lines(config: OfflineConfig) -> list[str]:
     for given in config.targets.in_turn:
         said, manifest = "not scored yet", Path(given.path) / MANIFEST_NAME
         if manifest.exists():
-            header = read_manifest(manifest)["header"]
+            header = read_store_manifest(Path(given.path))["header"]
             codec = codec_of(header)
             _require_served(Path(given.path), codec, loss)
             kind = header.get("codec", {}).get("kind", "logprob")
