@@ -279,6 +279,14 @@ def test_servers_that_are_absent_or_differ_are_refused_before_the_first_question
             config(one.url, other.url).build()
 
 
+@pytest.mark.parametrize("answer", [[], {"data": None}, {"data": [1]}, {"data": 3}])
+def test_a_server_of_another_kind_is_named(answer):
+    with serve(invented) as server:
+        server.models = answer
+        with pytest.raises(TeacherError, match=f"at {server.url} answered no list of models"):
+            config(server.url).build()
+
+
 def test_questions_that_cannot_be_asked_are_refused_here():
     with serve(invented) as server:
         teacher = config(server.url).build()
@@ -300,6 +308,8 @@ def test_questions_that_cannot_be_asked_are_refused_here():
         ({"urls": ["127.0.0.1:8000"]}, "is no address"),
         ({"urls": ["http://h:1/v1"]}, "without a path"),
         ({"urls": ["http://key@h:1"]}, "is no address"),
+        ({"urls": ["http://h:port"]}, "is no address"),
+        ({"urls": ["http://h:99999"]}, "is no address"),
         ({"urls": ["http://h:1", "http://h:1/"]}, "stands twice"),
         ({"api_key": "sesame"}, "api_key is not a setting"),
         ({"retries": -1}, "retries"),

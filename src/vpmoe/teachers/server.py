@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -65,7 +66,7 @@ class ServerTeacherConfig(Config):
     @classmethod
     def _are_addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
-            if not re.fullmatch(r"https?://[^\s/?#@]+/?", url):
+            if not (re.fullmatch(r"https?://[^\s/?#@]+/?", url) and _has_port(url)):
                 raise ValueError(f"{url!r} is no address; give http://host:port without a path")
         if len({url.rstrip("/") for url in urls}) < len(urls):
             raise ValueError("an address stands twice")
@@ -115,7 +116,7 @@ class ServerTeacher:
         """The longest prompt that every server takes; they must serve the same."""
         model, seen = self._config.model, []
         for replica in self._client.replicas:
-            listed = self._client.ask_once(replica.url, "/v1/models").get("data", [])
+            listed = _models(self._client.ask_once(replica.url, "/v1/models"), replica.url)
             names = [str(entry.get("id")) for entry in listed]
             if model not in names:
                 raise TeacherError(
@@ -256,6 +257,25 @@ class ServerTeacher:
                     hint="start vLLM with --no-enable-prefix-caching and serve the same weights "
                     "everywhere; vpmoe teacher doctor finds out more",
                 )
+
+
+def _has_port(url: str) -> bool:
+    """Whether the port is a number that there is, or left out."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
+
+
+def _models(answer: Any, url: str) -> list[dict[str, Any]]:
+    """Entries of a server's list of models."""
+    listed = answer.get("data", []) if isinstance(answer, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+        raise TeacherError(
+            f"the server at {url} answered no list of models to /v1/models",
+            hint="teacher.urls must be OpenAI-compatible servers, such as vLLM's own",
+        )
+    return listed
 
 
 def _reader(prompt: np.ndarray, k: int) -> Callable[[Mapping[str, Any]], TopScores]:
