@@ -67,6 +67,8 @@ def verify_targets(
     report.compared = dataset is not None
     if dataset is not None:
         _check_header(store, dataset, report)
+    if report.problems:
+        dataset = None  # no sample of another dataset is worth a line of its own
     for done, sample_id in enumerate(store, start=1):
         try:
             entries = store.aligned_entries(sample_id)
