@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
+import torch
 
 from tests.teachers.stand_in import invented, serve
 from vpmoe.cli import main
@@ -14,7 +16,7 @@ from vpmoe.evals.noise import NoiseFloors, read_noise
 from vpmoe.losses import OfflineLossConfig
 from vpmoe.losses.distillation import DistillationConfig
 from vpmoe.stages.examine_teacher import subject_of
-from vpmoe.stages.noise import measure_noise
+from vpmoe.stages.noise import _floor, _inputs, _Student, measure_noise
 from vpmoe.teachers.local import LocalTeacherConfig
 from vpmoe.teachers.server import ServerTeacherConfig
 
@@ -59,6 +61,19 @@ def test_the_floor_is_near_zero_and_higher_in_half_precision(found):
 def test_same_states_give_exactly_nothing(found):
     same = [f for f in found["floors"] if f["path"] == "states" and f["dtype"] == "float32"]
     assert same and all(abs(f["nats"]) < 1e-6 for f in same)
+
+
+def test_the_largest_is_a_mean_over_the_tokens_there_are():
+    class ByLabel:
+        kind = "by_label"
+
+        def build(self):
+            return lambda rows, scales: SimpleNamespace(loss_sums=rows.labels.double().sum()[None])
+
+    labels = torch.cat([torch.zeros(64), torch.ones(32)]).long()
+    student = _Student(torch.zeros(96, 2), torch.zeros(3, 2), labels)
+    floor = _floor(ByLabel(), _inputs(student), "states", "float32")
+    assert (floor.nats, floor.largest) == (pytest.approx(1 / 3), 1.0)
 
 
 def test_a_server_needs_its_checkpoint_here_as_the_student():
