@@ -118,8 +118,10 @@ def test_a_damaged_shard_is_named(dataset, tmp_path, capsys):
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert file_sha256(shard)[:16] not in shard.name
-    assert run(["targets", "verify", str(path)]) == 1
-    assert "is damaged" in capsys.readouterr().err
+    assert run(["targets", "verify", str(path), "--json"]) == 3
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert "is damaged" in problem
+    assert run(["targets", "verify", str(tmp_path / "nowhere")]) == 1
 
 
 def test_a_store_that_lies_exits_with_three(dataset, tmp_path, capsys):

@@ -14,6 +14,7 @@ from vpmoe.data.split import SPLITS
 from vpmoe.errors import DataError
 from vpmoe.spans import TRAINED_SPANS, Span
 from vpmoe.stages.score import content_sha256
+from vpmoe.storage.manifest import MANIFEST_NAME, read_manifest
 from vpmoe.teachers.codecs import Entries
 from vpmoe.teachers.frontier import LOGPROB_BYTES
 from vpmoe.teachers.store import TargetStore
@@ -60,9 +61,15 @@ def verify_targets(
     that names it.
 
     Raises:
-        DataError: If there is no finished store at all, or a shard is damaged.
+        DataError: If there is no finished store at all.
     """
-    store, report = TargetStore(path), TargetReport(str(path))
+    report = TargetReport(str(path))
+    read_manifest(path / MANIFEST_NAME)  # no store is a mistake, a damaged one a finding
+    try:
+        store = TargetStore(path)
+    except DataError as error:
+        report.problems.append(error.message)
+        return report
     dataset = None if data is None else Dataset(data, store.header.get("split", SPLITS[0]))
     report.compared = dataset is not None
     if dataset is not None:
