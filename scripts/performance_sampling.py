@@ -121,7 +121,11 @@ def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str
             " The trainer's own distance from the reference kernels says how much of that there "
             "is; with `fixed` routing a large selection bias names the same experts for all tokens."
             if has_noise
-            else " How much of the difference at 80 layers is that has not been measured."
+            else " How much of the difference at 80 layers is that has not been measured on a GPU. "
+            "In Triton's interpreter, 80 layers of hidden size 128 with 16 experts: with the same "
+            "experts for all tokens, final states after a decoding step are 0.012 to 0.013 "
+            "(relative) from float64, those of the reference in bfloat16 0.017; with random "
+            "routers 0.02 to 0.34 and 0.19 to 0.33."
         ),
         table(
             ["layers", "routing", "drawn", "greedy", "trainer - reference", "same greedy token, %"],
