@@ -27,11 +27,14 @@ ROOMS_WITH_PAPERS = ("losses", "optim", "models")
 
 def cli_page() -> str:
     """Every `--help` page, in the order of `vpmoe --help`."""
-    from vpmoe.cli.main import ORDER
+    from typer.main import get_command
 
-    commands = [[], *([verb] for verb in ORDER)]
-    place = commands.index(["data"]) + 1
-    commands[place:place] = [["data", verb] for verb in ("build", "show", "verify")]
+    from vpmoe.cli.main import ORDER, app
+
+    verbs = getattr(get_command(app), "commands", {})
+    commands: list[list[str]] = [[]]
+    for verb in ORDER:
+        commands += [[verb], *([verb, part] for part in getattr(verbs[verb], "commands", ()))]
     parts = [STAMP.format(source="`vpmoe --help`"), "# The command line", CLI_INTRO]
     for words in commands:
         name = " ".join(["vpmoe", *words])
