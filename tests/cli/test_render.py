@@ -46,6 +46,11 @@ def test_a_table_keeps_words_left_and_numbers_right(capsys):
     assert rows[-1].lstrip().startswith("a ")
 
 
+def test_a_table_in_a_pipe_is_not_cut_at_80_columns(capsys):
+    print_table(["label", "choices"], [["<|start|>", "x" * 120]])
+    assert f"<|start|>   {'x' * 120}" in capsys.readouterr().out
+
+
 def test_json_keeps_its_values(capsys):
     value = {"a": [1, 2.5, None], "words": "ReLU²"}
     print_json(value)

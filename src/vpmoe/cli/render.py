@@ -55,7 +55,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
     for row in rows:
         table.add_row(*row)
     out = console()
-    out.print(table, width=out.width if out.is_terminal else WIDE)
+    if not out.is_terminal:
+        out.width = WIDE  # print's own width may narrow a console, not widen it
+    out.print(table)
 
 
 @contextmanager
