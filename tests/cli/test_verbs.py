@@ -250,3 +250,18 @@ def test_score_then_report(folder, capsys):
     assert Path(report["page"]).read_text(encoding="utf-8").startswith("<!doctype html>")
     code, said = _fails(capsys, "report", folder / "run", "--out", folder / "report")
     assert (code, said[1]) == (1, "hint: add --overwrite, or choose another --out")
+
+
+def test_targets_verify_exits_with_3_on_a_shortened_shard(folder, capsys):
+    output = folder / "damaged-targets"
+    assert main.run(["score", str(folder / "score.toml"), f"output={output}"]) == 0
+    (shard,) = output.glob("*.arrow")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    capsys.readouterr()
+    assert main.run(["targets", "verify", str(output), "--json"]) == 3
+    report = json.loads(capsys.readouterr().out)
+    assert not report["ok"]
+    assert shard.name in report["problems"][0]
+    code, said = _fails(capsys, "targets", "verify", folder / "no-such-store")
+    assert code == 1
+    assert "hint:" in said[1]

@@ -8,7 +8,7 @@ import typer
 
 from vpmoe.cli.grammar import ConfigFile, Json, Overrides, Verbs
 from vpmoe.cli.render import console, print_facts, print_json, print_table, progress, short
-from vpmoe.errors import CheckFailedError
+from vpmoe.errors import CheckFailedError, DataError
 
 if TYPE_CHECKING:
     from vpmoe.stages.plan_targets import Plan
@@ -88,10 +88,16 @@ def verify(targets: Store, data: Data = None, as_json: Json = False) -> None:
     Masses of at most one, counts as the manifest says, spans and labels as the dataset's. Exits
     with 3 when anything is wrong.
     """
-    from vpmoe.stages.inspect_targets import verify_targets
+    from vpmoe.stages.inspect_targets import TargetReport, verify_targets
+    from vpmoe.storage.manifest import MANIFEST_NAME
 
-    with progress("samples") as tick:
-        report = verify_targets(targets, data, progress=tick)
+    try:
+        with progress("samples") as tick:
+            report = verify_targets(targets, data, progress=tick)
+    except DataError as error:
+        if not all((folder / MANIFEST_NAME).exists() for folder in (targets, data or targets)):
+            raise  # nothing to verify, which is a mistake in the command
+        report = TargetReport(str(targets), [error.message])
     if as_json:
         print_json({"ok": report.ok, **asdict(report)})
     else:
