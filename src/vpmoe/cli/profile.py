@@ -25,7 +25,7 @@ def profile(
 ) -> None:
     """Measure some steps of a stage: time by region, kernels, memory, predictions beside them.
 
-    Writes summary.json and profile.png under reports/perf/ and the config's name. The student is
+    Writes summary.json and profile.png under reports/perf/, named for the config and its folder. The student is
     trained for these few steps and thrown away.
     """
     from vpmoe.cli.kinds import load_any
@@ -34,7 +34,8 @@ def profile(
     settings = load_any(config, list(overrides or []))
     if not isinstance(settings, StageConfig):
         raise ConfigError([(f"{config} is no stage of training", "give a config of a stage")])
-    folder = out or Path("reports") / "perf" / config.stem
+    name = f"{config.resolve().parent.name}-{config.stem}"
+    folder = out or Path("reports") / "perf" / name
     if (folder / "summary.json").exists() and not overwrite:
         raise RunError(f"{folder} holds a profile", hint="add --overwrite, or choose another --out")
 
@@ -76,7 +77,7 @@ def _print(summary: dict[str, Any], folder: Path) -> None:
     print_facts(facts)
     total = sum(summary["regions_ms"].values())
     print_table(
-        ["region", "ms", "%"],
+        ["region", "ms", "% of these"],
         [[n, f"{ms:,.2f}", f"{100 * ms / total:.1f}"] for n, ms in summary["regions_ms"].items()],
     )
     print_table(

@@ -42,7 +42,7 @@ def _regions(ax: Axes, summary: Mapping[str, Any], theme: Theme) -> None:
     ax.grid(visible=False, axis="y")
     ax.set_xlabel("milliseconds of one step")
     ax.set_title(
-        f"{summary['student']}, {summary['slots_per_step']:,} tokens a step: "
+        f"{summary['student']}, {summary['tokens_per_step']:,.0f} tokens a step: "
         f"{summary['step_ms']:,.0f} ms, {summary['tokens_per_s']:,.0f} tokens/s"
     )
 
