@@ -25,8 +25,8 @@ def profile(
 ) -> None:
     """Measure some steps of a stage: time by region, kernels, memory, predictions beside them.
 
-    Writes summary.json and profile.png under reports/perf/, named for the config and its folder. The student is
-    trained for these few steps and thrown away.
+    Writes summary.json and profile.png under reports/perf/, in a folder named for the config. The
+    student is trained for these few steps and thrown away.
     """
     from vpmoe.cli.kinds import load_any
     from vpmoe.stages.base import StageConfig
