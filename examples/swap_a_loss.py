@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vpmoe.config import Config
 from vpmoe.losses import LossInputs, span_means, span_scales
-from vpmoe.losses.chunked import LabelLoss
+from vpmoe.losses.rows import LabelLoss
 
 
 class FocalConfig(Config):

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from vpmoe.cli.grammar import ConfigFile, DryRun, Json, Overrides, Overwrite, Verbs
-from vpmoe.cli.render import console, flat, print_facts, print_json, progress
-from vpmoe.errors import CheckFailedError
+from vpmoe.cli.render import console, flat, print_facts, print_json, progress, say_checked
 
 app = typer.Typer(cls=Verbs, rich_markup_mode=None, help="Build, show and verify datasets.")
 
@@ -72,22 +71,16 @@ def verify(dataset: DatasetFolder, as_json: Json = False) -> None:
     Hashes, alignment, masks, spans, structure of the tokens, counts. Exits with 3 when anything is
     wrong.
     """
-    from dataclasses import asdict
-
     from vpmoe.data.verify import verify_dataset
 
     with progress("sequences") as tick:
         report = verify_dataset(dataset, progress=tick)
-    if as_json:
-        print_json({"ok": report.ok, **asdict(report)})
-    else:
-        for problem in report.problems:
-            console().print(problem, markup=False)
-    if not report.ok:
-        raise CheckFailedError(
-            f"{dataset}: {len(report.problems)} problems found",
-            hint="rebuild it with: vpmoe data build CONFIG --overwrite",
-        )
+    say_checked(
+        report,
+        dataset,
+        hint="rebuild it with: vpmoe data build CONFIG --overwrite",
+        as_json=as_json,
+    )
     if not as_json:
         counts = {"rows": report.rows, "tokens": report.tokens, "files": report.files}
         print_facts([*flat(counts), ("ok", f"{dataset} is what its manifest says")])

@@ -4,7 +4,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vpmoe.errors import CheckFailedError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +62,27 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
     if not out.is_terminal:
         out.width = WIDE  # print's own width may narrow a console, not widen it
     out.print(table)
+
+
+def say_checked(report: Any, path: Path, *, hint: str, as_json: bool) -> None:
+    """Say what a verification found: as JSON, or a line for each problem.
+
+    Args:
+        report: A dataclass with `ok` and `problems`.
+        path: What was verified.
+        hint: What to do about problems.
+        as_json: Whether to print JSON.
+
+    Raises:
+        CheckFailedError: If anything was found.
+    """
+    if as_json:
+        print_json({"ok": report.ok, **asdict(report)})
+    else:
+        for problem in report.problems:
+            console().print(problem, markup=False)
+    if not report.ok:
+        raise CheckFailedError(f"{path}: {len(report.problems)} problems found", hint=hint)
 
 
 @contextmanager

@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vpmoe.cli.grammar import ConfigFile, Json, Overrides, Verbs
-from vpmoe.cli.render import console, print_facts, print_json, print_table, progress, short
-from vpmoe.errors import CheckFailedError, DataError
+from vpmoe.cli.render import (
+    print_facts,
+    print_json,
+    print_table,
+    progress,
+    say_checked,
+    short,
+)
 
 if TYPE_CHECKING:
     from vpmoe.stages.plan_targets import Plan
@@ -88,26 +94,16 @@ def verify(targets: Store, data: Data = None, as_json: Json = False) -> None:
     Masses of at most one, counts as the manifest says, spans and labels as the dataset's. Exits
     with 3 when anything is wrong.
     """
-    from vpmoe.stages.inspect_targets import TargetReport, verify_targets
-    from vpmoe.storage.manifest import MANIFEST_NAME
+    from vpmoe.stages.inspect_targets import verify_targets
 
-    try:
-        with progress("samples") as tick:
-            report = verify_targets(targets, data, progress=tick)
-    except DataError as error:
-        if not all((folder / MANIFEST_NAME).exists() for folder in (targets, data or targets)):
-            raise  # nothing to verify, which is a mistake in the command
-        report = TargetReport(str(targets), [error.message])
-    if as_json:
-        print_json({"ok": report.ok, **asdict(report)})
-    else:
-        for problem in report.problems:
-            console().print(problem, markup=False)
-    if not report.ok:
-        raise CheckFailedError(
-            f"{targets}: {len(report.problems)} problems found",
-            hint="delete the shard named and run vpmoe score again; the others are kept",
-        )
+    with progress("samples") as tick:
+        report = verify_targets(targets, data, progress=tick)
+    say_checked(
+        report,
+        targets,
+        hint="delete the shard named and run vpmoe score again; the others are kept",
+        as_json=as_json,
+    )
     if not as_json:
         against = f", against {data}" if report.compared else ""
         facts = f"{report.samples:,} samples, {report.labels:,} labels{against}"

@@ -5,7 +5,6 @@ taken while its logits are at hand: nothing is stored for the backward but the t
 nothing is computed twice.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vpmoe.head import CHUNK_ROWS
-from vpmoe.losses.base import LossInputs, LossOutput, StatelessLoss, output_of
+from vpmoe.losses.base import LossInputs
 
 STUDENT_LOGPROBS = "student_logprobs"
 
@@ -260,44 +259,6 @@ def chunked_loss_reference(
     """
     logprobs = (hidden @ head_weight.T).log_softmax(dim=1)
     return (coefficients * loss_function(logprobs.gather(1, labels[:, None]).squeeze(1))).sum()
-
-
-class LabelLoss(StatelessLoss, ABC):
-    """A loss on the label's log-probability: subclasses write `row_losses`, all else is here.
-
-    Args:
-        chunk_rows: Rows whose logits are held together; any value gives the same result.
-    """
-
-    def __init__(self, *, chunk_rows: int = CHUNK_ROWS) -> None:
-        self.chunk_rows = chunk_rows
-
-    @abstractmethod
-    def row_losses(
-        self, student_logprobs: Float[Tensor, " rows"], rows: LossInputs
-    ) -> Float[Tensor, " rows"]:
-        """Loss of each row, differentiable in `student_logprobs`; no row depends on another."""
-
-    def row_metrics(
-        self, student_logprobs: Float[Tensor, " rows"], rows: LossInputs
-    ) -> dict[str, Tensor]:
-        """Numbers of each row to be summed per span beside the loss."""
-        return {}
-
-    def __call__(self, inputs: LossInputs, span_scales: Float[Tensor, " span"]) -> LossOutput:
-        """Sums and counts of one micro-batch, with the scalar to differentiate."""
-        inputs.require(self.needs)
-        rows = inputs.trained()
-        result = chunked_loss(
-            rows.hidden,
-            rows.head_weight,
-            rows.coefficients(span_scales),
-            label_row_function(rows, self.row_losses),
-            chunk_rows=self.chunk_rows,
-        )
-        logprobs = result.extras[STUDENT_LOGPROBS]
-        metrics = label_metrics(logprobs, rows) | self.row_metrics(logprobs, rows)
-        return output_of(result.total, result.values, metrics, rows)
 
 
 def label_metrics(

@@ -12,7 +12,7 @@ from torch import Tensor
 from vpmoe.config import Config
 from vpmoe.head import CHUNK_ROWS
 from vpmoe.losses.base import TOKENS, LossInputs
-from vpmoe.losses.chunked import LabelLoss
+from vpmoe.losses.rows import LabelLoss
 from vpmoe.spans import NUM_SPANS
 
 
@@ -123,7 +123,10 @@ class ConfidenceWeighted(LabelLoss):
         return -self.weights(rows) * student_logprobs
 
     def row_metrics(
-        self, student_logprobs: Float[Tensor, " rows"], rows: LossInputs
+        self,
+        student_logprobs: Float[Tensor, " rows"],
+        extras: dict[str, Tensor],
+        rows: LossInputs,
     ) -> dict[str, Tensor]:
         """The weights, so that their mean is seen."""
         return {"weight": self.weights(rows)}

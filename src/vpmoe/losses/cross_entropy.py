@@ -9,7 +9,7 @@ from torch import Tensor
 from vpmoe.config import Config
 from vpmoe.head import CHUNK_ROWS
 from vpmoe.losses.base import LossInputs
-from vpmoe.losses.chunked import LabelLoss
+from vpmoe.losses.rows import LabelLoss
 
 
 class CrossEntropyConfig(Config):

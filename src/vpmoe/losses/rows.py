@@ -1,4 +1,4 @@
-"""What losses with a row function of their own share: from rows to sums."""
+"""What all losses on rows of logits share: from rows to sums."""
 
 from abc import ABC, abstractmethod
 
@@ -7,7 +7,13 @@ from torch import Tensor
 
 from vpmoe.head import CHUNK_ROWS
 from vpmoe.losses.base import LossInputs, LossOutput, StatelessLoss, output_of
-from vpmoe.losses.chunked import STUDENT_LOGPROBS, RowFunction, chunked_loss, label_metrics
+from vpmoe.losses.chunked import (
+    STUDENT_LOGPROBS,
+    RowFunction,
+    chunked_loss,
+    label_metrics,
+    label_row_function,
+)
 
 
 class RowLoss(StatelessLoss, ABC):
@@ -24,9 +30,14 @@ class RowLoss(StatelessLoss, ABC):
     def row_function(self, rows: LossInputs) -> RowFunction:
         """What is done with a chunk of the rows' logits."""
 
-    def row_metrics(self, extras: dict[str, Tensor], rows: LossInputs) -> dict[str, Tensor]:
+    def row_metrics(
+        self,
+        student_logprobs: Float[Tensor, " rows"],
+        extras: dict[str, Tensor],
+        rows: LossInputs,
+    ) -> dict[str, Tensor]:
         """Numbers of each row to be summed per span: the row function's extras as they are."""
-        del rows
+        del student_logprobs, rows
         return extras
 
     def __call__(self, inputs: LossInputs, span_scales: Float[Tensor, " span"]) -> LossOutput:
@@ -41,6 +52,20 @@ class RowLoss(StatelessLoss, ABC):
             chunk_rows=self.chunk_rows,
         )
         extras = dict(result.extras)
-        metrics = label_metrics(extras.pop(STUDENT_LOGPROBS), rows)
-        metrics |= self.row_metrics(extras, rows)
+        logprobs = extras.pop(STUDENT_LOGPROBS)
+        metrics = label_metrics(logprobs, rows) | self.row_metrics(logprobs, extras, rows)
         return output_of(result.total, result.values, metrics, rows)
+
+
+class LabelLoss(RowLoss, ABC):
+    """A loss on the label's log-probability: subclasses write `row_losses`, all else is here."""
+
+    @abstractmethod
+    def row_losses(
+        self, student_logprobs: Float[Tensor, " rows"], rows: LossInputs
+    ) -> Float[Tensor, " rows"]:
+        """Loss of each row, differentiable in `student_logprobs`; no row depends on another."""
+
+    def row_function(self, rows: LossInputs) -> RowFunction:
+        """What is done with a chunk of logits."""
+        return label_row_function(rows, self.row_losses)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vpmoe.config import Config
 from vpmoe.head import CHUNK_ROWS
 from vpmoe.losses.base import TOKENS, LossInputs
-from vpmoe.losses.chunked import LabelLoss
+from vpmoe.losses.rows import LabelLoss
 
 Importance = Literal["none", "plain", "truncated"]
 
@@ -147,7 +147,10 @@ class SampledReverseKL(LabelLoss):
         )
 
     def row_metrics(
-        self, student_logprobs: Float[Tensor, " rows"], rows: LossInputs
+        self,
+        student_logprobs: Float[Tensor, " rows"],
+        extras: dict[str, Tensor],
+        rows: LossInputs,
     ) -> dict[str, Tensor]:
         """Estimates of the reverse KL, and how far the sampling student has been left behind."""
         assert rows.teacher_logprobs is not None and rows.rollout_logprobs is not None

@@ -311,6 +311,11 @@ class TargetLoss(RowLoss):
         """What is done with a chunk of logits."""
         return target_row_function(rows, self.row_losses, temperature=self.temperature)
 
-    def row_metrics(self, extras: dict[str, Tensor], rows: LossInputs) -> dict[str, Tensor]:
+    def row_metrics(
+        self,
+        student_logprobs: Float[Tensor, " rows"],
+        extras: dict[str, Tensor],
+        rows: LossInputs,
+    ) -> dict[str, Tensor]:
         """`target_metrics`."""
         return target_metrics(extras, rows, drawn=self.drawn)

@@ -61,16 +61,17 @@ def verify_targets(
     that names it.
 
     Raises:
-        DataError: If there is no finished store at all.
+        DataError: If there is no finished store, or no dataset, at all.
     """
     report = TargetReport(str(path))
-    read_manifest(path / MANIFEST_NAME)  # no store is a mistake, a damaged one a finding
+    for folder in (path, data or path):  # none there is a mistake, a damaged one a finding
+        read_manifest(folder / MANIFEST_NAME)
     try:
         store = TargetStore(path)
+        dataset = None if data is None else Dataset(data, store.header.get("split", SPLITS[0]))
     except DataError as error:
         report.problems.append(error.message)
         return report
-    dataset = None if data is None else Dataset(data, store.header.get("split", SPLITS[0]))
     report.compared = dataset is not None
     if dataset is not None:
         _check_header(store, dataset, report)

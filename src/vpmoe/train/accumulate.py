@@ -21,14 +21,14 @@ class SmallGradients:
     """Keeps gradients back until `add`, which puts them into `main_grad`.
 
     Args:
-        parameters: Of which small ones on a GPU, with a float32 `main_grad`, are kept back.
+        parameters: Of which small ones, with a float32 `main_grad`, are kept back.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._waiting: list[tuple[Tensor, Tensor]] = []
         for parameter in parameters:
             total = getattr(parameter, "main_grad", None)
-            if total is None or total.dtype != torch.float32 or not parameter.is_cuda:
+            if total is None or total.dtype != torch.float32:
                 continue
             if parameter.numel() < SMALL:
                 parameter.register_post_accumulate_grad_hook(self._keep)
