@@ -1,5 +1,6 @@
 """What all benchmarks share: the device, times of replayed graphs, students, batches, results."""
 
+import gc
 import json
 import statistics
 import time
@@ -29,6 +30,40 @@ def describe_device() -> dict[str, Any]:
         "triton": triton.__version__,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def free() -> None:
+    """Give memory back between measurements."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def qwen3_moe(layers: int, **settings: Any) -> Any:
+    """The peer: transformers' Qwen3-MoE of the student's size, on the GPU, random bf16 weights."""
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=201_088,
+        num_hidden_layers=layers,
+        hidden_size=1024,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        num_experts=256,
+        num_experts_per_tok=4,
+        moe_intermediate_size=88,  # 85 would be equal; grouped_mm wants multiples of 8
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        **settings,
+    )
+    config._attn_implementation = "sdpa"
+    config._experts_implementation = "grouped_mm"
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = transformers.Qwen3MoeForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model
 
 
 @dataclass(frozen=True)

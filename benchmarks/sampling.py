@@ -8,7 +8,6 @@ which compiles itself. Tokens per second count written tokens over the whole cal
 """
 
 import argparse
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -21,20 +20,15 @@ from benchmarks.common import (
     RESULTS,
     config_of,
     describe_device,
+    free,
     graph_times,
+    qwen3_moe,
     write_results,
 )
 
 PROMPT = 128
 NEW = 128
 BATCHES = (1, 8, 64, 256)
-
-
-def free() -> None:
-    """Give memory back between measurements."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
 
 
 def seconds(function: Callable[[], Any], *, repetitions: int = 3) -> float:
@@ -301,25 +295,7 @@ def peer(layers: int, *, batch: int) -> dict[str, Any]:
     """Qwen3-MoE of equal size in transformers, static cache, which it compiles."""
     import transformers
 
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=201_088,
-        hidden_size=1024,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        num_hidden_layers=layers,
-        head_dim=128,
-        num_experts=256,
-        num_experts_per_tok=4,
-        moe_intermediate_size=88,  # 85 would be equal; grouped_mm wants multiples of 8
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
-    )
-    config._attn_implementation = "sdpa"
-    config._experts_implementation = "grouped_mm"
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = transformers.Qwen3MoeForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
+    model = qwen3_moe(layers).eval()
     ids = torch.from_numpy(np.stack(random_prompts(batch, PROMPT))).cuda()
 
     def write() -> None:

@@ -11,7 +11,6 @@ rows and knows no documents.
 """
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -31,8 +30,10 @@ from benchmarks.common import (
     RESULTS,
     Times,
     config_of,
+    free,
     launch_times,
     packed_batch,
+    qwen3_moe,
     write_results,
 )
 
@@ -43,13 +44,6 @@ GEMM_FLOPS = 796e12  # measured ceiling of a bf16 product on an H200
 STEP_TOKENS = 524_288
 Rows = Iterator[dict[str, Any]]
 WARM_STEPS = 24  # optimizer steps of two micro-batches before anything is timed
-
-
-def free() -> None:
-    """Give memory back between measurements."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
 
 
 def row_of(what: str, tokens: int, times: Times, **more: Any) -> dict[str, Any]:
@@ -306,26 +300,7 @@ def peer_model(layers: int) -> tuple[Any, str]:
     """The peer on the GPU, and what to call it."""
     import transformers
 
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=201_088,
-        num_hidden_layers=layers,
-        hidden_size=1024,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=128,
-        num_experts=256,
-        num_experts_per_tok=4,
-        moe_intermediate_size=88,  # 85 would be equal; grouped_mm wants multiples of 8
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
-    config._attn_implementation = "sdpa"
-    config._experts_implementation = "grouped_mm"
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = transformers.Qwen3MoeForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
+    model = qwen3_moe(layers, use_cache=False)
     for layer in model.model.layers:
         layer.compile(dynamic=False)
     return model, f"transformers {transformers.__version__} Qwen3-MoE, compiled"

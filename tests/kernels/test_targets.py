@@ -13,6 +13,7 @@ from vpmoe.losses import (
     SkewedForwardKLConfig,
     SkewedReverseKLConfig,
 )
+from vpmoe.losses.chunked import STUDENT_LOGPROBS
 
 pytestmark = needs_gpu
 
