@@ -49,15 +49,20 @@ def test_graphs_of_a_vocabulary_subset_are_refused():
         GraphedStudent(build_student(student_config(), seed=0), lambda: None)
 
 
-def test_small_gradients_leave_other_parameters_alone():
-    """Without a float32 sum on a GPU autograd keeps what it found."""
-    parameter = torch.nn.Parameter(torch.ones(3))
-    parameter.main_grad = torch.zeros(3)
-    small = SmallGradients([parameter])
-    (2 * parameter).sum().backward()
-    small.add()
-    assert parameter.grad is not None and parameter.grad.tolist() == [2, 2, 2]
-    assert not parameter.main_grad.any()
+def test_small_gradients_wait_and_are_added_once():
+    """A float32 sum gets the gradient of every pass; other parameters keep what autograd found."""
+    summed, plain = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    summed.main_grad = torch.zeros(3)
+    plain.main_grad = torch.zeros(3, dtype=torch.float64)
+    small = SmallGradients([summed, plain])
+    for passes in (1, 2):
+        (2 * summed + 2 * plain).sum().backward()
+        assert summed.grad is None and summed.main_grad.tolist() == [2 * passes - 2] * 3
+        small.add()
+        small.add()  # nothing waits any more
+        assert summed.main_grad.tolist() == [2 * passes] * 3
+        assert plain.grad is not None and plain.grad.tolist() == [2 * passes] * 3
+        assert not plain.main_grad.any()
 
 
 def steps(config, *, graphed, sums=None):
