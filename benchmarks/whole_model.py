@@ -29,7 +29,6 @@ from benchmarks.common import (
     REPOSITORY,
     RESULTS,
     Times,
-    config_of,
     free,
     launch_times,
     packed_batch,
@@ -43,7 +42,7 @@ FLOP_PER_TOKEN = 3.79e9  # the 80-layer student's, forward and backward, attenti
 GEMM_FLOPS = 796e12  # measured ceiling of a bf16 product on an H200
 STEP_TOKENS = 524_288
 Rows = Iterator[dict[str, Any]]
-WARM_STEPS = 24  # optimizer steps of two micro-batches before anything is timed
+WARM_STEPS = 30  # optimizer steps of one micro-batch before anything is timed
 
 
 def row_of(what: str, tokens: int, times: Times, **more: Any) -> dict[str, Any]:
@@ -68,6 +67,7 @@ class Trainee:
     loss: Any
     config: Any
     row: int = 0
+    steps: int = 0
 
     def micro_batches(self, tokens: int, slots: int) -> list[Any]:
         """The stream's next slots in micro-batches of so many tokens; the last may be smaller."""
@@ -87,7 +87,9 @@ class Trainee:
         torch.cuda.synchronize()
         marks.append(time.perf_counter())
         self.loads = torch.stack([r.local_tokens_per_expert for r in self.student.routers()])
-        self.metrics = apply_gradients(self.replica, self.config, step=50, num_steps=1000)
+        steps = self.config.budget.steps
+        self.metrics = apply_gradients(self.replica, self.config, step=self.steps, num_steps=steps)
+        self.steps = min(self.steps + 1, steps - 1)
         torch.cuda.synchronize()
         marks.append(time.perf_counter())
         names = ("data", "forward_backward", "optimizer")
@@ -97,17 +99,15 @@ class Trainee:
 
     def pass_over(self, batch: Any, *, graphed: bool) -> Callable[[], None]:
         """Forward and backward of one micro-batch into the float32 sums."""
-        from vpmoe.train.graph import forward
+        from vpmoe.train.graph import GraphedStudent, forward
         from vpmoe.train.step import loss_inputs
 
+        replay = GraphedStudent(self.student, self.replica.after_backward)
         documents, here = batch.num_documents, batch.to("cuda")
         scales = torch.tensor([0.0, 1.0, 1.0], device="cuda") / batch.tokens.numel()
 
         def run() -> None:
-            if graphed:
-                output = self.replica.forward(here, documents)
-            else:
-                output = forward(self.student, here, documents)
+            output = replay(here, documents) if graphed else forward(self.student, here, documents)
             total = self.loss(loss_inputs(self.student, here, output), scales).total
             (total + output.load_balance_sum * (1e-4 / documents)).backward()
             self.replica.after_backward()
@@ -123,31 +123,31 @@ class Trainee:
         }
 
 
+def config_with(**changes: Any) -> Any:
+    """configs/one-gpu/1-warm-start.toml, as `vpmoe train` reads it, with changes."""
+    from vpmoe.config import load
+    from vpmoe.stages.warm_start import WarmStartConfig
+
+    words = [f"{key}={value}" for key, value in changes.items()]
+    return load(REPOSITORY / "configs/one-gpu/1-warm-start.toml", WarmStartConfig, words)
+
+
 @contextmanager
-def trainee(args: argparse.Namespace) -> Iterator[Trainee]:
+def trainee(args: argparse.Namespace, **changes: Any) -> Iterator[Trainee]:
     """A fresh student under the trainer's replica, inside a stream for graphs."""
     from vpmoe.data.dataset import Dataset
     from vpmoe.data.loader import PackedLoader
     from vpmoe.losses.cross_entropy import CrossEntropyConfig
     from vpmoe.models.student import build_student
-    from vpmoe.train.config import TrainConfig
     from vpmoe.train.device import world
     from vpmoe.train.graph import graph_stream
     from vpmoe.train.parallel import Replica
 
-    tree = {
-        "device": "cuda",
-        "dtype": "bfloat16",
-        "kernels": "fused",
-        "cuda_graph": True,
-        "batch": {"global_batch_size": 256, "micro_batch_size": 16, "seq_len": SEQ},
-        "budget": {"steps": 1000},
-        "optimizer": {"kind": "normuon", "momentum_dtype": "bfloat16"},
-    }
-    config = TrainConfig.model_validate(tree)
+    config = config_with(**changes)
+    student_config = config.student.model_copy(update={"num_layers": args.layers})
     with world("cuda") as ranks, graph_stream(ranks.device):
         student = build_student(
-            config_of("vpmoe-6b", num_layers=args.layers),
+            student_config,
             seed=0,
             device="cuda",
             dtype=torch.bfloat16,
@@ -161,42 +161,44 @@ def trainee(args: argparse.Namespace) -> Iterator[Trainee]:
 
 
 def ours(args: argparse.Namespace) -> Rows:
-    """Forward and backward launched and replayed, whole steps, and the optimizer alone.
+    """Whole steps, the optimizer alone, forward and backward replayed and launched, long rows.
 
-    Everything is in memory at the smallest number of tokens; passes over more follow without the
-    optimizer's state.
+    All of it beside the optimizer's state, as in training.
     """
     with trainee(args) as it:
-        least, *more = sorted(args.tokens)
         for _ in range(args.warm_steps):
-            it.step(least, 2 * least)
+            it.step(args.step_tokens, args.step_tokens)
         names = ("train/loss/reasoning", "router/max_load_pct", "router/dead_experts")
-        print({name: it.metrics.get(name) for name in names}, flush=True)
-        warmed = {"optimizer_steps_before": args.warm_steps, **it.busiest()}
-        yield from whole_steps(it, args)
-        yield optimizer_row(it, least)
-        yield from passes(it, args, least, warmed)
-        it.replica.optimizer = None
-        for tokens in more:
-            yield from passes(it, args, tokens, warmed)
-        yield long_rows(it, args)
+        seen = {name: round(float(it.metrics[name]), 3) for name in names}
+        print(seen, flush=True)
+        warmed = {"optimizer_steps_before": args.warm_steps, **seen, **it.busiest()}
+        yield whole_steps(it, args, warmed)
+        yield optimizer_row(it, args.step_tokens)
+        batches = [it.micro_batches(tokens, tokens)[0] for tokens in sorted(args.tokens)]
+        batches.append(long_batch(args, vocab=it.student.config.num_rows))
+        it.replica.drop_graphs()  # beside their memory another shape's would not fit
+        for batch in batches:
+            free()
+            kept = activation_bytes(it, batch) / batch.num_tokens / args.layers / 1e3
+            more = warmed | {"activation_kb_per_token_and_layer": round(kept, 1)}
+            yield pass_row(it, args, batch, more, graphed=False)
+            yield pass_row(it, args, batch, warmed, graphed=True)
 
 
-def passes(it: Trainee, args: argparse.Namespace, tokens: int, warmed: dict[str, Any]) -> Rows:
-    """One micro-batch, launched and replayed."""
-    batch = it.micro_batches(tokens, tokens)[0]
+def pass_row(
+    it: Trainee, args: argparse.Namespace, batch: Any, more: dict[str, Any], *, graphed: bool
+) -> dict[str, Any]:
+    """Forward and backward of one micro-batch, replayed or launched."""
     free()
-    per_token = activation_bytes(it, batch) / batch.num_tokens / args.layers
-    more = warmed | {"activation_kb_per_token_and_layer": round(per_token / 1e3, 1)}
-    for how, graphed in (("launched", False), ("graph", True)):
-        free()
-        run = it.pass_over(batch, graphed=graphed)
-        times = launch_times(run, repetitions=args.repetitions, warmup=3)
-        here = batch.num_tokens
-        mfu = FLOP_PER_TOKEN * here / times.summary()["ms"] * 1e3 / GEMM_FLOPS
-        mfu = {"mfu_pct": round(100 * mfu, 1)} if args.layers == 80 else {}
-        what = "student, forward+backward"
-        yield row_of(what, here, times, how=how, slots=tokens, **mfu, **more)
+    run = it.pass_over(batch, graphed=graphed)
+    times = launch_times(run, repetitions=args.repetitions, warmup=3)
+    tokens, seq = batch.num_tokens, batch.tokens.shape[1]
+    if args.layers == 80 and seq == SEQ:
+        mfu = FLOP_PER_TOKEN * tokens / times.summary()["ms"] * 1e3 / GEMM_FLOPS
+        more = {"mfu_pct": round(100 * mfu, 1), **more}
+    long = "" if seq == SEQ else f", rows of {seq:,} with one document"
+    how = {"how": "graph" if graphed else "launched", "slots": batch.tokens.numel()}
+    return row_of(f"student, forward+backward{long}", tokens, times, **how, **more)
 
 
 def activation_bytes(it: Trainee, batch: Any) -> int:
@@ -227,7 +229,7 @@ def optimizer_row(it: Trainee, tokens: int) -> dict[str, Any]:
     return row_of("NorMuon + AdamW step", 0, times, **more, momentum="bfloat16")
 
 
-def whole_steps(it: Trainee, args: argparse.Namespace) -> Rows:
+def whole_steps(it: Trainee, args: argparse.Namespace, warmed: dict[str, Any]) -> dict[str, Any]:
     """524,288 slots: data, micro-batches, float32 sums, norms, optimizer, router biases."""
     tokens = args.step_tokens
     for slots in (tokens, STEP_TOKENS % tokens):
@@ -238,23 +240,16 @@ def whole_steps(it: Trainee, args: argparse.Namespace) -> Rows:
         seen, parts = it.step(tokens, STEP_TOKENS)
         values.append(1e3 * sum(parts.values()))
     parts = {f"{name}_ms": round(1e3 * s, 1) for name, s in parts.items()}
-    more = {"slots": STEP_TOKENS, "micro_batch_slots": tokens, **parts, **it.busiest()}
-    yield row_of("whole step", seen, Times(values), **more)
+    more = {"slots": STEP_TOKENS, "micro_batch_slots": tokens, **parts, **warmed, **it.busiest()}
+    return row_of("whole step", seen, Times(values), **more)
 
 
-def long_rows(it: Trainee, args: argparse.Namespace) -> dict[str, Any]:
+def long_batch(args: argparse.Namespace, *, vocab: int) -> Any:
     """Rows of 8,192 tokens, one random document each."""
     from vpmoe.batch import Batch
 
-    tokens = max(args.tokens)
-    arrays = packed_batch(tokens // 8192, 8192, vocab=it.student.config.num_rows, documents=1)
-    spans = torch.ones_like(arrays["labels"], dtype=torch.uint8)
-    batch = Batch(**arrays, span_ids=spans)
-    free()
-    run = it.pass_over(batch, graphed=False)
-    times = launch_times(run, repetitions=args.repetitions, warmup=3)
-    what = "student, forward+backward, rows of 8,192 with one document"
-    return row_of(what, tokens, times, how="launched", slots=tokens)
+    arrays = packed_batch(max(args.tokens) // 8192, 8192, vocab=vocab, documents=1)
+    return Batch(**arrays, span_ids=torch.ones_like(arrays["labels"], dtype=torch.uint8))
 
 
 def start(args: argparse.Namespace) -> Rows:
@@ -315,8 +310,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="a built dataset, rows of 2,048")
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 32_768])
-    parser.add_argument("--step-tokens", type=int, default=24_576, help="a micro-batch of a step")
-    parser.add_argument("--peer-tokens", type=int, nargs="+", default=[8_192, 16_384, 32_768])
+    parser.add_argument("--step-tokens", type=int, default=32_768, help="a micro-batch of a step")
+    parser.add_argument("--peer-tokens", type=int, nargs="+", default=[8_192, 16_384])
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="whole steps to time")
     parser.add_argument("--warm-steps", type=int, default=WARM_STEPS)

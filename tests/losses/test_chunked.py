@@ -224,3 +224,22 @@ def test_on_a_gpu_against_float64(dtype):
         grads_of(total, inputs), torch.autograd.grad(expected, exact), strict=True
     ):
         assert (found.double() - wanted).norm() / wanted.norm() < close
+
+
+@pytest.mark.gpu
+def test_no_two_chunks_are_in_memory_together():
+    """One chunk of logits, the head's float32 sums and its rounded gradient, and little more."""
+    rows, dim, vocab, chunk = 1024, 64, 201_088, 256
+    generator = torch.Generator("cuda").manual_seed(0)
+    options = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
+    hidden = torch.randn(rows, dim, **options).requires_grad_()
+    head = torch.randn(vocab, dim, **options).requires_grad_()
+    labels = torch.randint(0, vocab, (rows,), generator=generator, device="cuda")
+    ones = torch.ones(rows, device="cuda")
+    inputs = LossInputs(hidden, head, labels, ones.byte(), ones.bool())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function = label_row_function(inputs, lambda logprobs, _: -logprobs)
+    chunked_loss(hidden, head, ones / rows, function, chunk_rows=chunk).total.backward()
+    used = torch.cuda.max_memory_allocated() - before
+    assert used < 2 * vocab * (chunk + 3 * dim) * 1.2

@@ -159,6 +159,13 @@ def test_first_weights_have_their_sizes():
     assert named["final_norm.gamma"].eq(1).all()
 
 
+def test_embeddings_may_begin_larger_and_nothing_else_changes():
+    plain = dict(student_of().named_parameters())
+    for name, parameter in student_of("embedding_std=1.0").named_parameters():
+        grown = 5 * plain[name] if name == "embedding.weight" else plain[name]  # from init_std 0.2
+        torch.testing.assert_close(parameter, grown)
+
+
 def test_bfloat16_keeps_what_must_stay_float32():
     student = student_of(dtype=torch.bfloat16)
     wide = {n.split(".", 2)[-1] for n, p in student.named_parameters() if p.dtype == torch.float32}

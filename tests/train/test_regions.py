@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -68,3 +70,29 @@ def test_weights_and_optimizer_are_estimated_to_the_byte(tmp_path):
         held += sum(v.numel() * v.element_size() for v in state.values() if torch.is_tensor(v))
     assert abs(found.optimizer_gib * 2**30 - held) < 0.02 * held
     assert found.step_s is None  # nothing is known of the reference's speed
+
+
+def test_kernels_that_no_operation_launched_belong_to_the_scope_around_them():
+    """As on a GPU: one linked kernel, one in the optimizer's scope, one outside of all."""
+
+    def on_device(name, begin, end, kernels=()):
+        span = SimpleNamespace(start=begin, end=end, elapsed_us=lambda: end - begin)
+        return SimpleNamespace(
+            name=name, time_range=span, kernels=list(kernels), sequence_nr=-1, cpu_parent=None,
+            device_type=SimpleNamespace(name="CUDA"), input_shapes=[], self_cpu_time_total=0,
+        )  # fmt: skip
+
+    operation = on_device("aten::mm", 0, 5, [SimpleNamespace(name="product", duration=10)])
+    operation.device_type.name = "CPU"
+    events = [
+        operation,
+        on_device("product", 0, 10),
+        on_device("vpmoe/optimizer", 20, 60),
+        on_device("move", 20, 40),
+        on_device("move", 40, 60),
+        on_device("other", 70, 75),
+    ]
+    found = attribute(events, shared_width=0)
+    assert found.regions == {OTHER: 0.015, "optimizer": 0.04}
+    assert ("move", "optimizer", 2, 0.04) in found.kernels
+    assert found.busy_ms == 0.055

@@ -130,8 +130,7 @@ class VpmoeForCausalLM(PreTrainedModel, GenerationMixin):
         student_config = config.student_config
         self.student = Student(student_config)
         if not self.student.embedding.weight.is_meta:
-            std, layers = student_config.init_std, student_config.num_layers
-            init_weights(self.student, seed=0, std=std, num_layers=layers)
+            init_weights(self.student, seed=0, **student_config.init_settings)
         cast_parameters(self.student, self.student.embedding.weight.dtype)
         self.post_init()
 

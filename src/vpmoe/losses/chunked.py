@@ -158,6 +158,7 @@ def chunked_loss(
                 hidden_grad[rows] = grad_logits @ head_weight
             if head_grad is not None:
                 _add_product(head_grad, grad_logits.T, hidden[rows])
+            del logits, result, grad_logits  # or the next chunk's would need memory beside them
         values = torch.cat([values for values, _ in results])
         extras = {
             name: torch.cat([extras[name] for _, extras in results]) for name in results[0][1]

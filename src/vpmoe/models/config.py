@@ -73,6 +73,10 @@ class StudentConfig(Config):
     """Added to mean squares before their root, everywhere."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of first weights."""
+    embedding_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of the embedding's first rows; absent: init_std. Layers read normed states
+    and add to the stream what does not depend on its size: in a deep student the sum of many layers
+    drowns small rows, and all tokens look alike to the last ones."""
 
     @field_validator("vocab_subset", mode="before")
     @classmethod
@@ -149,6 +153,15 @@ class StudentConfig(Config):
     def num_moe_layers(self) -> int:
         """Layers with experts."""
         return self.num_layers - self.dense_layers
+
+    @property
+    def init_settings(self) -> dict[str, Any]:
+        """What `models.init.init_weights` is told."""
+        return {
+            "std": self.init_std,
+            "num_layers": self.num_layers,
+            "embedding_std": self.embedding_std,
+        }
 
     @property
     def load_balance(self) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 OUTPUT_WEIGHTS = ("o_proj.weight", "down.weight", "down_weight")  # what writes to the residual
+EMBEDDING = "embedding.weight"
 ZEROS = ("bias", "sinks")
 ONES = ("gamma", "value_lambda")
 AS_BUILT = ("log_freq",)
@@ -27,11 +28,20 @@ def name_seed(name: str, *, seed: int) -> int:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, *, seed: int, std: float, num_layers: int) -> None:
+def init_weights(
+    model: nn.Module, *, seed: int, std: float, num_layers: int, embedding_std: float | None = None
+) -> None:
     """Fill every parameter: normal matrices, zero biases and sinks, unit gains and lambdas.
 
     Matrices that write to the residual stream are smaller by sqrt(2 * num_layers). The numbers
     depend on the kind of device, not on the dtype.
+
+    Args:
+        model: What is filled.
+        seed: With each parameter's name it decides that parameter's values.
+        std: Standard deviation of matrices.
+        num_layers: Layers that write to the stream twice each.
+        embedding_std: Standard deviation of the embedding; `std` where it is None.
 
     References:
         Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3.
@@ -43,6 +53,8 @@ def init_weights(model: nn.Module, *, seed: int, std: float, num_layers: int) ->
             parameter.fill_(1.0)
         elif not name.endswith(AS_BUILT):
             scale = std / math.sqrt(2 * num_layers) if name.endswith(OUTPUT_WEIGHTS) else std
+            if name.endswith(EMBEDDING) and embedding_std is not None:
+                scale = embedding_std
             parameter.copy_(_normal(parameter, name_seed(name, seed=seed)).mul_(scale))
 
 

@@ -335,6 +335,6 @@ def build_student(
     with torch.device(device):
         student = Student(config, kernels=kernels)
     if torch.device(device).type != "meta":
-        init_weights(student, seed=seed, std=config.init_std, num_layers=config.num_layers)
+        init_weights(student, seed=seed, **config.init_settings)
     cast_parameters(student, dtype)
     return student

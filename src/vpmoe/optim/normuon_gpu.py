@@ -76,8 +76,8 @@ class BucketPart:
             copy = None if weight.master is None else weight.param.detach().view(polar.shape)
             move_(weight.value.view(polar.shape), copy, polar, factor, active, **rates)
             return
-        values = [weight.value for weight in members]
-        stack = torch.cat(values).view(polar.shape) if self.stack is None else self.stack
+        values = [weight.value.view(-1, *self.shape) for weight in members]
+        stack = torch.cat(values) if self.stack is None else self.stack
         move_(stack, None, polar, factor, active, **rates)
         views = [v.view_as(w.param) for v, w in zip(stack.split(self.slices), members, strict=True)]
         torch._foreach_copy_([weight.param.detach() for weight in members], views)

@@ -4,7 +4,8 @@ Forward passes run inside named scopes. A backward operation carries the sequenc
 forward operation that it differentiates, and so belongs to that one's scope.
 """
 
-from collections import defaultdict
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -139,6 +140,9 @@ def attribute(events: Sequence[FunctionEvent], *, shared_width: int) -> Attribut
                 part = "shared expert"
             regions[part] += ms
             table[name, part].append(ms)
+    for name, part, ms in _launched_alone(events):
+        regions[part] += ms
+        table[name, part].append(ms)
     rows = [(name, part, len(times), sum(times)) for (name, part), times in table.items()]
     rows.sort(key=lambda row: -row[3])
     busy = _busy_ms(events) if on_gpu else sum(regions.values())
@@ -152,6 +156,32 @@ def _times(event: FunctionEvent, *, on_gpu: bool) -> list[tuple[str, float]]:
     if event.name.startswith(PREFIX) or event.self_cpu_time_total <= 0:
         return []
     return [(event.name, event.self_cpu_time_total / 1e3)]
+
+
+def _launched_alone(events: Sequence[FunctionEvent]) -> Iterator[tuple[str, str, float]]:
+    """(kernel, region, milliseconds) of kernels that no operation of PyTorch launched.
+
+    Triton's launches outside of one, the optimizer's for example, are linked to nothing; the
+    profiler draws each scope on the device as well, from its first kernel to its last.
+    """
+    linked = Counter((k.name, k.duration) for event in events for k in event.kernels)
+    on_device = [event for event in events if event.device_type.name == "CUDA"]
+    scopes = sorted(
+        (event.time_range.start, event.time_range.end, event.name.removeprefix(PREFIX))
+        for event in on_device
+        if event.name.startswith(PREFIX)
+    )
+    begins = [begin for begin, _, _ in scopes]
+    for event in on_device:
+        key = event.name, event.time_range.elapsed_us()
+        if event.name.startswith(PREFIX):
+            continue
+        if linked[key]:
+            linked[key] -= 1
+            continue
+        index = bisect_right(begins, event.time_range.start) - 1
+        inside = index >= 0 and event.time_range.start < scopes[index][1]
+        yield event.name, scopes[index][2] if inside else OTHER, key[1] / 1e3
 
 
 def _forward_regions(events: Sequence[FunctionEvent]) -> dict[int, str]:
