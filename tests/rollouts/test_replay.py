@@ -16,10 +16,11 @@ from vpmoe.rollouts.collate import pack_rollouts
 from vpmoe.rollouts.doctor import require_sampler_equals_trainer
 from vpmoe.rollouts.sampler import Sampler
 from vpmoe.rollouts.source import RolloutsConfig
+from vpmoe.train.step import run_student
 from vpmoe.vocabulary import END_OF_TEXT
 
 LENGTHS = (3, 11, 1, 7, 5, 9)
-LIMITS = [1, 15, 3, 12, 2, 9]
+LIMITS = [1, 9, 3, 8, 2, 6]
 
 
 def prompts_of(lengths=LENGTHS):
@@ -98,7 +99,7 @@ def test_kept_experts_are_those_of_the_uncached_student(max_batch, override):
 
 
 def test_a_student_without_experts_keeps_none():
-    student = build_student(with_end_of_text(moe=None), seed=0)
+    student = build_student(with_end_of_text(moe=None, dense_layers=5), seed=0)
     (completion,) = Sampler(student, max_batch=1, keeps_experts=True).generate(
         prompts_of((4,)), max_new_tokens=3
     )
@@ -170,6 +171,24 @@ def test_replay_closes_the_gap_between_sampler_and_trainer_in_bfloat16():
     )
     assert replayed < 0.02
     assert free > 4 * replayed
+
+
+def test_the_trainer_s_pass_takes_the_experts_of_its_batch():
+    student = build_student(with_end_of_text(), seed=0, dtype=torch.float64)
+    batch = pack_rollouts(rollouts_of(student, prompts_of(), LIMITS), seq_len=34)
+    other = replace(batch, expert_ids=batch.expert_ids.flip(0, 1))
+    inputs = {
+        "tokens": batch.tokens,
+        "positions": batch.positions,
+        "document_ids": batch.document_ids,
+    }
+    for given in (batch, other, replace(batch, expert_ids=None)):
+        found = run_student(student, given)[0].hidden
+        wanted = student(**inputs, expert_ids=given.expert_ids).hidden.flatten(0, 1)
+        assert torch.equal(found, wanted)
+    free = student(**inputs).hidden.flatten(0, 1)
+    assert torch.equal(run_student(student, batch)[0].hidden, free)  # its own choices
+    assert not torch.allclose(run_student(student, other)[0].hidden, free)
 
 
 def test_the_stage_replays_unless_told_otherwise():
