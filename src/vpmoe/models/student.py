@@ -310,7 +310,7 @@ class Student(nn.Module):
                 f"{len(self.routers())}"
             )
         of_mixtures = iter(expert_ids.unbind(dim=2))
-        return [next(of_mixtures) if isinstance(la.mlp, Moe) else None for la in self.layers]
+        return [next(of_mixtures) if isinstance(layer.mlp, Moe) else None for layer in self.layers]
 
     def _tally(self, tallies: list[Tensor]) -> None:
         """Count tokens per expert, here and not in checkpointed layers, which run twice."""

@@ -33,8 +33,8 @@ class Completion:
         logprobs: Of each token under the model itself (temperature 1, nothing cut), nats, float32.
         behavior_logprobs: Of each token under the distribution it was drawn from; 0 when greedy.
         stop_reason: "stop" at a stop token, "length" when it was cut.
-        expert_ids: Experts of the prompt's tokens and of the written ones but the last, which was
-            never read, in every mixture layer: (tokens, mixture layers, A), uint8 or wider; None
+        expert_ids: Experts of the prompt's tokens and of the written ones but the last, in every
+            mixture layer, best first: (tokens, mixture layers, A), uint8 or wider; None
             unless the sampler keeps them.
     """
 
