@@ -2,6 +2,7 @@
 
 python -m benchmarks.sampling                   the 80 layers, the peer
 python -m benchmarks.sampling --layers 8        a quick look
+python -m benchmarks.sampling --parts agreement --run runs/demo/3-on-policy --out FILE
 
 Random weights and tokens. The peer is transformers' Qwen3-MoE of equal size with a static cache,
 which compiles itself. Tokens per second count written tokens over the whole call, prompts included.
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.agreement import agreement, agreement_of_run
 from benchmarks.common import (
     RESULTS,
     config_of,
@@ -186,90 +188,6 @@ def continuous(student: Any, *, prompts: int, slots: int) -> list[dict[str, Any]
     return rows
 
 
-@torch.no_grad()
-def agreement(student: Any, *, batch: int, routing: str) -> dict[str, Any]:
-    """Log-probs of the sampler beside those of the trainer's forward pass; greedy choices too.
-
-    Random routers choose between near ties, 79 times over, so that rounding alone changes experts:
-    the trainer's own distance from the reference kernels says how much. With `routing` fixed, a
-    large selection bias names the same experts for all tokens.
-    """
-    from vpmoe.rollouts.sampler import Sampler
-
-    reference = student_like(student)
-    for mine, other in zip(student.routers(), reference.routers(), strict=True):
-        generator = torch.Generator("cuda").manual_seed(0)
-        bias = torch.randn(mine.expert_bias.shape, generator=generator, device="cuda")
-        for router in (mine, other):
-            router.expert_bias.copy_(bias if routing == "fixed" else torch.zeros_like(bias))
-    rng = np.random.default_rng(2)
-    prompts = [rng.integers(0, 199_000, int(n)) for n in rng.integers(4, 300, batch)]
-    row: dict[str, Any] = {
-        "what": "sampler against trainer",
-        "routing": routing,
-        "layers": student.config.num_layers,
-        "sequences": batch,
-    }
-    for name, temperature in (("drawn", 1.0), ("greedy", 0.0)):
-        done = Sampler(student, max_batch=batch).generate(
-            prompts, max_new_tokens=NEW, seed=3, temperature=temperature, stop_tokens=()
-        )
-        gaps, noise, same, behind = [], [], [], []
-        for begin in range(0, batch, 8):
-            part = slice(begin, begin + 8)
-            logits, tokens = recomputed(student, prompts[part], done[part])
-            table = logits.float().log_softmax(dim=-1)
-            chosen = table.gather(1, tokens[:, None])[:, 0]
-            own = np.concatenate([completion.logprobs for completion in done[part]])
-            gaps.append((chosen - torch.from_numpy(own).cuda()).abs())
-            same.append(logits.argmax(dim=-1) == tokens)
-            behind.append(table.max(dim=-1).values - chosen)
-            logits, _ = recomputed(reference, prompts[part], done[part])
-            again = logits.float().log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
-            noise.append((chosen - again).abs())
-        row[f"{name}_mean_abs_nats"] = float(torch.cat(gaps).mean())
-        row[f"{name}_trainer_against_reference"] = float(torch.cat(noise).mean())
-        if temperature == 0:
-            row["greedy_same_pct"] = round(100 * float(torch.cat(same).float().mean()), 2)
-            row["greedy_worst_behind_nats"] = float(torch.cat(behind).max())
-    for router in student.routers():
-        router.expert_bias.zero_()
-    print(row, flush=True)
-    return row
-
-
-def student_like(student: Any) -> Any:
-    """The same weights behind the reference kernels."""
-    from vpmoe.models.student import build_student
-
-    made = build_student(student.config, seed=0, device="meta", dtype=torch.bfloat16)
-    made = made.to_empty(device="cuda")
-    values = dict(student.named_parameters()) | dict(student.named_buffers())
-    for name, parameter in made.named_parameters():
-        parameter.data = values[name].data
-    for name, buffer in made.named_buffers():
-        buffer.data = values[name].data.clone()
-    return made.eval()
-
-
-def recomputed(student: Any, prompts: list[Any], done: list[Any]) -> tuple[Any, Any]:
-    """Logits of the trainer's forward pass where completions were written, and their tokens."""
-    whole = [np.concatenate([p, c.tokens]) for p, c in zip(prompts, done, strict=True)]
-    tokens = torch.zeros(len(whole), 512, dtype=torch.int64)
-    documents = torch.full_like(tokens, -1)
-    for row, sequence in enumerate(whole):
-        tokens[row, : len(sequence)] = torch.from_numpy(sequence)
-        documents[row, : len(sequence)] = 0
-    place = torch.arange(512).expand_as(tokens).contiguous()
-    hidden = student(tokens.cuda(), positions=place.cuda(), document_ids=documents.cuda()).hidden
-    states = [
-        hidden[row, len(p) - 1 : len(p) + len(c.tokens) - 1]
-        for row, (p, c) in enumerate(zip(prompts, done, strict=True))
-    ]
-    written = np.concatenate([completion.tokens for completion in done])
-    return student.logits(torch.cat(states)), torch.from_numpy(written).cuda()
-
-
 def memory_after(student: Any) -> dict[str, Any]:
     """Memory that a round of sampling leaves behind."""
     from vpmoe.rollouts.sampler import Sampler
@@ -334,6 +252,7 @@ def main() -> None:
         nargs="+",
         default=["balanced", "agreement", "speed", "continuous", "memory", "peer"],
     )
+    parser.add_argument("--run", type=Path, help="a trained student, for agreement")
     parser.add_argument("--out", type=Path, default=RESULTS / "sampling.json")
     args = parser.parse_args()
     print(describe_device())
@@ -350,8 +269,7 @@ def main() -> None:
             for batch in args.batches:
                 note(balanced_step(student, batch))
         if "agreement" in args.parts:
-            for routing in ("random", "fixed"):
-                note(agreement(student, batch=8, routing=routing))
+            note(*agreement(student))
         if "speed" in args.parts:
             for batch in args.batches:
                 note(speed(student, batch))
@@ -361,6 +279,8 @@ def main() -> None:
             note(memory_after(student))
         del student
         free()
+    if "agreement" in args.parts and args.run:
+        note(*agreement_of_run(args.run))
     if "peer" in args.parts:
         note(peer(args.layers, batch=64))  # alone, so that the student's memory is free
 

@@ -112,6 +112,7 @@ def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str
     if not rows:
         return []
     has_noise = any("drawn_trainer_against_reference" in row for row in rows)
+    is_replayed = any(row["routing"] == "replayed" for row in rows)
     return [
         "Log-probs of the sampler beside those of the trainer's forward pass over the same "
         "tokens, mean absolute difference in nats (bar 0.02), and how often a greedy token is the "
@@ -126,11 +127,26 @@ def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str
             "experts for all tokens, final states after a decoding step are 0.012 to 0.013 "
             "(relative) from float64, those of the reference in bfloat16 0.017; with random "
             "routers 0.02 to 0.34 and 0.19 to 0.33."
+        )
+        + (
+            " In `replayed` rows the trainer takes the experts that the sampler used, as stage 3 "
+            "does; the completions are those of the row before."
+            if is_replayed
+            else " Stage 3 replays the sampler's experts; that has not been measured on a GPU."
         ),
         table(
-            ["layers", "routing", "drawn", "greedy", "trainer - reference", "same greedy token, %"],
+            [
+                "weights",
+                "layers",
+                "routing",
+                "drawn",
+                "greedy",
+                "trainer - reference",
+                "same greedy token, %",
+            ],
             [
                 [
+                    row.get("weights", "random"),
                     row["layers"],
                     row["routing"],
                     row["drawn_mean_abs_nats"],

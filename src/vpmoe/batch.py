@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, Integer, UInt8
 from torch import Tensor
 
 from vpmoe.spans import NUM_SPANS, Span
@@ -41,6 +41,9 @@ class Batch:
         teacher_hidden: Final normed states of a teacher at the token, for its own head.
         teacher_states: States of some of a teacher's layers at the token.
         row_weights: Factor of the label's loss; absent = 1.
+        expert_ids: Experts that each mixture layer sent the token to when it was sampled, best
+            first, uint8 or a wider integer; all bits set (255, -1) in all A places where that is
+            not known: padding, and the last token of a completion, which no label follows.
         sample_ids: For each row the ids of its documents, in order.
     """
 
@@ -57,6 +60,7 @@ class Batch:
     teacher_hidden: Float[Tensor, "batch seq teacher_dim"] | None = None
     teacher_states: Float[Tensor, "batch seq layers teacher_dim"] | None = None
     row_weights: Float32[Tensor, "batch seq"] | None = None
+    expert_ids: Integer[Tensor, "batch seq moe_layers chosen"] | None = None
     sample_ids: tuple[tuple[str, ...], ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -121,6 +125,8 @@ class Rollout:
         policy_version: Optimizer step of the weights that sampled it.
         reasoning_effort: Set in the teacher's and the student's system message.
         stop_reason: "stop" or "length".
+        expert_ids: Experts of every token but the last, prompt included, in every mixture layer,
+            best first: (tokens - 1, mixture layers, A), uint8 or wider; None if not recorded.
     """
 
     sample_id: str
@@ -131,3 +137,4 @@ class Rollout:
     reasoning_effort: ReasoningEffort
     stop_reason: Literal["stop", "length"]
     teacher_logprobs: np.ndarray | None = None
+    expert_ids: np.ndarray | None = None

@@ -200,6 +200,52 @@ class TestStudent:
                 assert torch.cat(behind).max() < 0.1
 
     @torch.no_grad()
+    def test_replayed_experts_are_the_decoder_s(self):
+        """More prompts than slots; a step's experts and a prompt's reach the packed pass."""
+        student, _ = shaken_pair(num_layers=24)
+        rng = np.random.default_rng(1)
+        prompts = [rng.integers(0, 512, int(n)) for n in rng.integers(1, 200, 40)]
+        limits = rng.integers(1, 50, 40).tolist()
+        settings = {"max_new_tokens": limits, "stop_tokens": range(0, 20), "seed": 2}
+        keeping, plain = (
+            Sampler(student, max_batch=16, keeps_experts=keeps) for keeps in (True, False)
+        )
+        gaps = {True: [], False: []}
+        for _ in range(2):  # prompt passes and steps launched, then replayed
+            done = keeping.generate(prompts, **settings)
+            same = [
+                np.array_equal(a.tokens, b.tokens)
+                for a, b in zip(done, plain.generate(prompts, **settings), strict=True)
+            ]
+            assert np.mean(same) > 0.5
+            for prompt, completion in zip(prompts, done, strict=True):
+                sequence = np.concatenate([prompt, completion.tokens])
+                kept = torch.from_numpy(completion.expert_ids)
+                assert kept.shape == (len(sequence) - 1, 23, 4)
+                assert (kept < 32).all()
+                assert (kept.int().sort(dim=2).values.diff(dim=2) > 0).all()
+                tokens = torch.zeros(1, 256, dtype=torch.int64)
+                tokens[0, : len(sequence)] = torch.from_numpy(sequence)
+                place = torch.arange(256)[None]
+                documents = torch.where(place < len(sequence), 0, -1)
+                expert_ids = torch.full((1, 256, 23, 4), 255, dtype=torch.uint8)
+                expert_ids[0, : len(kept)] = kept
+                for is_replayed, given in ((True, expert_ids.cuda()), (False, None)):
+                    hidden = student(
+                        tokens.cuda(),
+                        positions=place.cuda(),
+                        document_ids=documents.cuda(),
+                        expert_ids=given,
+                    ).hidden[0, len(prompt) - 1 : len(sequence) - 1]
+                    written = torch.from_numpy(completion.tokens).cuda()
+                    again = token_logprobs(hidden, student.head_weight, written)
+                    gap = (again.cpu() - torch.from_numpy(completion.logprobs)).abs()
+                    gaps[is_replayed].append(gap)
+        replayed, free = (torch.cat(gaps[key]).mean() for key in (True, False))
+        assert replayed < 0.02
+        assert replayed <= 1.1 * free
+
+    @torch.no_grad()
     def test_neighbours_leave_no_trace(self):
         student, _ = shaken_pair()
         rng = np.random.default_rng(2)

@@ -78,7 +78,7 @@ def test_what_they_compute_is_accepted():
     require_fused(config_of(), device="cuda", dtype=torch.bfloat16)
 
 
-def gradients(student, dtype, *, seed):
+def gradients(student, dtype, *, seed, expert_ids=None):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 512, (2, 384), generator=generator).cuda()
     documents = torch.zeros(2, 384, dtype=torch.int64)
@@ -89,7 +89,7 @@ def gradients(student, dtype, *, seed):
     positions = torch.arange(384).expand(2, -1).cuda()
     pull = torch.randn(2, 384, 256, generator=generator).cuda().to(dtype)
     student.zero_grad()
-    output = student(tokens, positions=positions, document_ids=documents)
+    output = student(tokens, positions=positions, document_ids=documents, expert_ids=expert_ids)
     ((output.hidden * pull).sum() + 10 * output.load_balance_sum).backward()
     found = {name: p.grad.double() for name, p in student.named_parameters() if p.grad is not None}
     return {"hidden": output.hidden.detach().double(), **found}
@@ -109,7 +109,8 @@ def by_role(*sets):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_fused_student_is_as_exact_as_the_reference_in_bf16(checkpointing):
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_fused_student_is_as_exact_as_the_reference_in_bf16(checkpointing, is_replayed):
     config = config_of(local_attention={"kind": "tpa", "window_size": 64})
     plain, fused, exact = (
         build_student(config, seed=0, device="cuda", dtype=torch.bfloat16, kernels=kernels)
@@ -123,9 +124,15 @@ def test_fused_student_is_as_exact_as_the_reference_in_bf16(checkpointing):
         with torch.no_grad():
             for layer in student.layers:
                 layer.attention.sinks.copy_(torch.randn(8, device="cuda"))
-    expected = gradients(exact, torch.float64, seed=5)
-    by_reference = gradients(plain, torch.bfloat16, seed=5)
-    by_kernels = gradients(fused, torch.bfloat16, seed=5)
+    expert_ids = None
+    if is_replayed:
+        expert_ids = torch.rand(2, 384, 4, 32, device="cuda").argsort(dim=3)[..., :4]
+        expert_ids = expert_ids.to(torch.uint8)
+        expert_ids[1, 350:] = 255
+    settings = {"seed": 5, "expert_ids": expert_ids}
+    expected = gradients(exact, torch.float64, **settings)
+    by_reference = gradients(plain, torch.bfloat16, **settings)
+    by_kernels = gradients(fused, torch.bfloat16, **settings)
     assert by_kernels.keys() == expected.keys()
     for name, (value, by_rounding, found) in by_role(expected, by_reference, by_kernels).items():
         # The few numbers of a role such as the lambdas are as noisy as luck has it.

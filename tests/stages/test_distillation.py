@@ -15,6 +15,7 @@ from vpmoe.data.harmony import RenderConfig
 from vpmoe.data.mixture import uses_anchor
 from vpmoe.data.problems import generate, write_problems
 from vpmoe.errors import ConfigError, DataError, RunError
+from vpmoe.rollouts.collate import pack_rollouts
 from vpmoe.rollouts.source import LocalRollouts
 from vpmoe.stages import offline, on_policy, score, warm_start
 from vpmoe.stages.base import rank_batches
@@ -184,6 +185,21 @@ def test_a_crash_with_a_half_spent_buffer_changes_nothing(started):
         on_policy.run(broken, observers=[Killer(5)])
     on_policy.run(broken, resume=True)
     assert kept(started / "3-broken") == kept(started / "3-whole")
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_completions_bring_the_sampler_s_experts_if_asked_to(started, monkeypatch, replays):
+    packed = []
+
+    def watched(rollouts, *, seq_len):
+        packed.append(pack_rollouts(rollouts, seq_len=seq_len))
+        return packed[-1]
+
+    monkeypatch.setattr(on_policy, "pack_rollouts", watched)
+    changes = {"rollouts": {"replay_routing": replays}, "budget": {"steps": 2}, "ce_anchor": 0}
+    on_policy.run(stage_three(started, f"3-replay-{replays}", **changes))
+    assert len(packed) == 2
+    assert all((batch.expert_ids is not None) == replays for batch in packed)
 
 
 def test_a_crash_does_not_set_the_curriculum_back(started):

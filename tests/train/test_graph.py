@@ -65,7 +65,14 @@ def test_small_gradients_wait_and_are_added_once():
         assert not plain.main_grad.any()
 
 
-def steps(config, *, graphed, sums=None):
+def some_experts(step, tokens):
+    """Experts of every token in four mixture layers."""
+    generator = torch.Generator().manual_seed(step)
+    scores = torch.rand(*tokens.shape, 4, 32, generator=generator)
+    return scores.argsort(dim=3)[..., :4].to(torch.uint8)
+
+
+def steps(config, *, graphed, sums=None, is_replayed=False):
     """Metrics of a few steps; `sums` takes the first step's gradients."""
     rows = []
     with world("cuda") as ranks, graph_stream(ranks.device):
@@ -83,6 +90,8 @@ def steps(config, *, graphed, sums=None):
         for step in range(config.budget.steps):
             whole = random_batch(step, range(9), seq_len=config.batch.seq_len)
             whole = replace(whole, tokens=whole.tokens % 512, labels=whole.labels % 512)
+            if is_replayed and step % 2 == 0:  # batches of one shape, with experts and without
+                whole = replace(whole, expert_ids=some_experts(step, whole.tokens))
             batches = [whole.rows(i, min(i + size, 9)) for i in range(0, 9, size)]  # 2, 2, 2, 2, 1
             summed = sum_gradients(replica, batches, loss, config)
             if sums is not None and step == 0:
@@ -94,7 +103,8 @@ def steps(config, *, graphed, sums=None):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_replayed_steps_equal_launched_ones(tmp_path):
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_replayed_steps_equal_launched_ones(tmp_path, is_replayed):
     """The first step's gradients to rounding; later losses to what rounding grows into."""
     config = train_config(
         tmp_path / "run",
@@ -104,7 +114,10 @@ def test_replayed_steps_equal_launched_ones(tmp_path):
         optimizer=NorMuonConfig(lr=0.005),
     )
     launched, replayed = {}, {}
-    rows = steps(config, graphed=False, sums=launched), steps(config, graphed=True, sums=replayed)
+    rows = (
+        steps(config, graphed=False, sums=launched, is_replayed=is_replayed),
+        steps(config, graphed=True, sums=replayed, is_replayed=is_replayed),
+    )
     for name, expected in launched.items():
         difference = (replayed[name] - expected).norm() / expected.norm().clamp_min(1e-12)
         assert difference < 1e-3, (name, float(difference))

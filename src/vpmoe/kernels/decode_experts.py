@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vpmoe.kernels.decode import ROWS, depth_of
 from vpmoe.kernels.overlap import follow, overlap
-from vpmoe.kernels.router import GroupChoice, _choose_kernel
+from vpmoe.kernels.router import GroupChoice, Record, _choose_kernel
 
 MAX_PIECE = 64  # units of a network that one program computes
 WARPS = 4
@@ -106,20 +106,23 @@ def choose_experts(
     scores: Float[Tensor, "rows experts"],
     ids: Int[Tensor, "rows chosen"],
     weights: Float[Tensor, "rows chosen"],
+    record: Record | None,
 ) -> None:
-    """Experts and weights of each token, a token per program.
+    """Experts and weights of each token, a token per program; ids go to the record as well.
 
     References:
         own; see `kernels.router.choose`.
     """
     rows, experts = scores.shape
+    kept, places = record or (None, None)
+    strides = (0, 0) if kept is None else kept.stride()[:2]
     _choose_kernel[(rows,)](
-        logits, bias, expert_bias, None, scores, ids, weights, None, None,
-        rows, 0, choice.scaling,
+        logits, bias, expert_bias, None, None, places, scores, ids, weights, kept, None, None,
+        rows, 0, choice.scaling, 0, *strides,
         E=experts, G=choice.num_groups, KEPT=choice.num_kept, JUDGES=choice.num_judges,
         A=choice.count, SLOTS=triton.next_power_of_2(choice.count),
         HALVES=logits.shape[1] // experts, BIAS=bias is not None, STATISTICS=False,
-        ROWS=1, num_warps=1, **overlap(),
+        GIVEN=False, NONE=-1, RECORD=kept is not None, ROWS=1, num_warps=1, **overlap(),
     )  # fmt: skip
 
 

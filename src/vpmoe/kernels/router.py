@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from triton.language.extra import libdevice
 
@@ -53,6 +53,18 @@ class Documents(NamedTuple):
     num_documents: int
 
 
+class Record(NamedTuple):
+    """Where the ids of chosen experts are written a second time, to be kept.
+
+    Attributes:
+        expert_ids: A row per place of a conversation, uint8 or wider.
+        places: Place of each token in its conversation.
+    """
+
+    expert_ids: Integer[Tensor, "tokens places count"]
+    places: Int[Tensor, " tokens"]
+
+
 class Routed(NamedTuple):
     """Where tokens go, and what that did to the loads.
 
@@ -80,12 +92,66 @@ def _split_kernel(weight, out, numel, BLOCK: tl.constexpr):
     tl.store(out + numel + at, (value - high.to(tl.float32)).to(tl.bfloat16), inside)
 
 
-@triton.jit(do_not_specialize=["num_documents"])
+@triton.jit
+def _best_groups(
+    groups,
+    E: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, JUDGES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """1 for groups that a token may use: the best by the sum of their best."""
+    member, g = tl.arange(0, E // G), tl.arange(0, G)
+    judged = tl.zeros((ROWS, G), tl.float32)
+    rest = groups
+    for _ in tl.static_range(JUDGES):
+        best, where = tl.max(rest, 2, return_indices=True, return_indices_tie_break_left=True)
+        judged += best
+        rest = tl.where(member[None, None, :] == where[:, :, None], float("-inf"), rest)
+    kept = tl.zeros((ROWS, G), tl.int32)
+    for _ in tl.static_range(KEPT):
+        best, where = tl.max(judged, 1, return_indices=True, return_indices_tie_break_left=True)
+        hit = g[None, :] == where[:, None]
+        kept = tl.where(hit, 1, kept)
+        judged = tl.where(hit, float("-inf"), judged)
+    return kept
+
+
+@triton.jit
+def _replay(
+    given, used, own, s,
+    E: tl.constexpr, A: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, NONE: tl.constexpr,
+):  # fmt: skip
+    """Ids that are given, and their scores; a token's own ids if NONE stands in all places."""
+    e, slot = tl.arange(0, E), tl.arange(0, SLOTS)
+    told = tl.load(given, used, other=NONE).to(tl.int32)
+    is_known = tl.max((told != NONE).to(tl.int32), 1) > 0
+    ids = tl.where(is_known[:, None], told, own)
+    picked = tl.zeros((ROWS, SLOTS), tl.float32)
+    for a in tl.static_range(A):
+        where = tl.sum(tl.where(slot[None, :] == a, ids, 0), 1)
+        score = tl.sum(tl.where(e[None, :] == where[:, None], s, 0.0), 1)
+        picked = tl.where(slot[None, :] == a, score[:, None], picked)
+    return ids, picked
+
+
+@triton.jit
+def _count_plain(counts, real, s, E: tl.constexpr, A: tl.constexpr):
+    """Count the best scores, without bias and groups, for each token's document."""
+    e = tl.arange(0, E)
+    rest = s
+    for _ in tl.static_range(A):
+        _, where = tl.max(rest, 1, return_indices=True, return_indices_tie_break_left=True)
+        tl.atomic_add(counts + where, 1.0, real, sem="relaxed")
+        rest = tl.where(e[None, :] == where[:, None], float("-inf"), rest)
+
+
+# `given` and `record` are one layer's columns: not all layers' begin at a multiple of 16 bytes.
+@triton.jit(do_not_specialize=["num_documents"], do_not_specialize_on_alignment=["given", "record"])
 def _choose_kernel(
-    logits, bias, expert_bias, documents, scores_out, ids_out, weights_out, plain_counts, loads,
-    num_rows, num_documents, scaling,
+    logits, bias, expert_bias, documents, given, places, scores_out, ids_out, weights_out,
+    record, plain_counts, loads,
+    num_rows, num_documents, scaling, given_stride, record_stride, place_stride,
     E: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, JUDGES: tl.constexpr, A: tl.constexpr,
     SLOTS: tl.constexpr, HALVES: tl.constexpr, BIAS: tl.constexpr, STATISTICS: tl.constexpr,
+    GIVEN: tl.constexpr, NONE: tl.constexpr, RECORD: tl.constexpr,
     ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     follow(PDL)
@@ -102,45 +168,36 @@ def _choose_kernel(
     s = tl.div_rn(one, one + libdevice.exp(-z))
     tl.store(scores_out + row[:, None].to(tl.int64) * E + e[None, :], s, inside[:, None])
     groups = tl.reshape(s + tl.load(expert_bias + e)[None, :], (ROWS, G, E // G))
-    member, g = tl.arange(0, E // G), tl.arange(0, G)
-    judged = tl.zeros((ROWS, G), tl.float32)
-    rest = groups
-    for _ in tl.static_range(JUDGES):
-        best, where = tl.max(rest, 2, return_indices=True, return_indices_tie_break_left=True)
-        judged += best
-        rest = tl.where(member[None, None, :] == where[:, :, None], float("-inf"), rest)
-    kept = tl.zeros((ROWS, G), tl.int32)
-    for _ in tl.static_range(KEPT):
-        best, where = tl.max(judged, 1, return_indices=True, return_indices_tie_break_left=True)
-        hit = g[None, :] == where[:, None]
-        kept = tl.where(hit, 1, kept)
-        judged = tl.where(hit, float("-inf"), judged)
+    kept = _best_groups(groups, E, G, KEPT, JUDGES, ROWS)
     reachable = tl.where((kept > 0)[:, :, None], groups, float("-inf"))
     reachable = tl.reshape(reachable, (ROWS, E))
     slot = tl.arange(0, SLOTS)
     picked = tl.zeros((ROWS, SLOTS), tl.float32)
     ids = tl.zeros((ROWS, SLOTS), tl.int32)
     for a in tl.static_range(A):
-        best, where = tl.max(reachable, 1, return_indices=True, return_indices_tie_break_left=True)
+        _, where = tl.max(reachable, 1, return_indices=True, return_indices_tie_break_left=True)
         hit = e[None, :] == where[:, None]
         score = tl.sum(tl.where(hit, s, 0.0), 1)
         reachable = tl.where(hit, float("-inf"), reachable)
         picked = tl.where(slot[None, :] == a, score[:, None], picked)
         ids = tl.where(slot[None, :] == a, where[:, None], ids)
+    used = inside[:, None] & (slot < A)[None, :]
+    if GIVEN:
+        at = row[:, None].to(tl.int64) * given_stride + slot[None, :]
+        ids, picked = _replay(given + at, used, ids, s, E, A, SLOTS, ROWS, NONE)
     weights = picked * scaling / (tl.sum(picked, 1)[:, None] + 1e-20)
     out = row[:, None] * A + slot[None, :]
-    used = inside[:, None] & (slot < A)[None, :]
     tl.store(ids_out + out, ids, used)
+    if RECORD:
+        place = tl.load(places + row, inside, other=0).to(tl.int64)
+        at = row.to(tl.int64) * record_stride + place * place_stride
+        tl.store(record + at[:, None] + slot[None, :], ids.to(record.dtype.element_ty), used)
     tl.store(weights_out + out, weights, used)
     if STATISTICS:
         document = tl.load(documents + row, inside, other=num_documents)
         real = document < num_documents
         tl.atomic_add(loads + ids, 1.0, used & real[:, None], sem="relaxed")
-        plain = s
-        for _ in tl.static_range(A):
-            best, where = tl.max(plain, 1, return_indices=True, return_indices_tie_break_left=True)
-            tl.atomic_add(plain_counts + document * E + where, 1.0, real, sem="relaxed")
-            plain = tl.where(e[None, :] == where[:, None], float("-inf"), plain)
+        _count_plain(plain_counts + document * E, real, s, E, A)
 
 
 @triton.jit(do_not_specialize=["num_documents"])
@@ -234,8 +291,11 @@ def choose(
     *,
     choice: GroupChoice,
     documents: Documents | None,
+    given: Integer[Tensor, "tokens count"] | None = None,
 ) -> _Choice:
     """Experts and weights of each token from logits, float32, in one term or two to be added.
+
+    Ids that are given take the place of the choice, but for tokens with all their bits set.
 
     References:
         DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), arXiv:2412.19437.
@@ -250,11 +310,13 @@ def choose(
     balance = new(tokens if documents is not None else 0)
     of_token, lengths, _ = documents or (None, None, 0)
     _choose_kernel[(triton.cdiv(tokens, CHOOSE_ROWS),)](
-        logits, bias, expert_bias, of_token, scores, ids, weights, counts, loads,
-        tokens, num_documents, choice.scaling,
+        logits, bias, expert_bias, of_token, given, None, scores, ids, weights,
+        None, counts, loads,
+        tokens, num_documents, choice.scaling, 0 if given is None else given.stride(0), 0, 0,
         E=experts, G=choice.num_groups, KEPT=choice.num_kept, JUDGES=choice.num_judges,
         A=choice.count, SLOTS=triton.next_power_of_2(choice.count), HALVES=terms // experts,
-        BIAS=bias is not None, STATISTICS=documents is not None, ROWS=CHOOSE_ROWS, PDL=False,
+        BIAS=bias is not None, STATISTICS=documents is not None,
+        GIVEN=given is not None, NONE=_none_of(given), RECORD=False, ROWS=CHOOSE_ROWS, PDL=False,
         num_warps=1,
     )  # fmt: skip
     if documents is not None:
@@ -265,12 +327,17 @@ def choose(
     return _Choice(scores, ids, weights, counts, loads, balance)
 
 
+def _none_of(given: Tensor | None) -> int:
+    """An id with all bits set."""
+    return 255 if given is not None and given.dtype == torch.uint8 else -1
+
+
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, expert_bias, choice, documents):
+    def forward(ctx: Any, x, weight, bias, expert_bias, choice, documents, given):
         halves = split_weight(weight)
         logits = torch.mm(x, halves.T, out_dtype=torch.float32)
-        made = choose(logits, bias, expert_bias, choice=choice, documents=documents)
+        made = choose(logits, bias, expert_bias, choice=choice, documents=documents, given=given)
         ctx.choice, ctx.documents, ctx.has_bias = choice, documents, bias is not None
         ctx.save_for_backward(
             x, halves, made.scores, made.expert_ids, made.plain_counts, made.balance
@@ -296,7 +363,7 @@ class _Route(torch.autograd.Function):
         )  # fmt: skip
         dx = d_logits @ halves[:experts]
         dw = torch.mm(d_logits.T, x, out_dtype=torch.float32)
-        return dx, dw, d_bias.sum(0) if ctx.has_bias else None, None, None, None
+        return dx, dw, d_bias.sum(0) if ctx.has_bias else None, None, None, None, None
 
 
 def route(
@@ -307,6 +374,7 @@ def route(
     *,
     choice: GroupChoice,
     documents: Documents | None,
+    given: Integer[Tensor, "tokens count"] | None = None,
 ) -> Routed:
     """Sigmoid routing limited to groups, with load statistics where documents are given.
 
@@ -320,10 +388,12 @@ def route(
         expert_bias: Added to scores when experts are chosen, never to weights.
         choice: How they are chosen.
         documents: Whose loads are balanced; None when decoding.
+        given: Experts to be taken instead of chosen, one row per token and neighboring ids in it;
+            all bits set in all places of a token that is to choose.
 
     References:
         DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), arXiv:2412.19437; Wang et al.,
         "Auxiliary-Loss-Free Load Balancing" (2024), arXiv:2408.15664. Difference: a sequence of
         the auxiliary loss is a document.
     """
-    return Routed(*_Route.apply(x, weight, bias, expert_bias, choice, documents))
+    return Routed(*_Route.apply(x, weight, bias, expert_bias, choice, documents, given))

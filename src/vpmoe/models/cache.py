@@ -1,9 +1,13 @@
-"""Keys and values of conversations under way; layers with a window keep a ring of that size."""
+"""Keys and values of conversations under way; layers with a window keep a ring of that size.
 
+A cache may remember as well which experts each token went to.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 
@@ -28,11 +32,13 @@ class LayerCache:
         keys: After QK-norm and rotation; slots of the ring.
         values: After the value residual.
         step: What the forward pass under way writes.
+        expert_ids: Experts of the token at each place, where they are remembered.
     """
 
     keys: Float[Tensor, "batch slots kv_heads dim"]
     values: Float[Tensor, "batch slots kv_heads dim"]
     step: "CacheStep"
+    expert_ids: Integer[Tensor, "batch places chosen"] | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values; what the new queries attend over."""
@@ -48,6 +54,18 @@ class LayerCache:
         self.values[rows, slots] = values[:, 0]
         used = min(self.step.max_length, self.keys.shape[1])
         return self.keys[:, :used], self.values[:, :used]
+
+    def note(self, expert_ids: Int[Tensor, "rows chosen"]) -> None:
+        """Remember the experts of the new tokens, if this layer's are to be remembered."""
+        if self.expert_ids is None:
+            return
+        batch = self.expert_ids.shape[0]
+        ids = expert_ids.unflatten(0, (batch, -1)).to(self.expert_ids.dtype)
+        if self.step.is_prefill:
+            self.expert_ids[:, : ids.shape[1]] = ids
+        else:
+            rows = torch.arange(batch, device=ids.device)
+            self.expert_ids[rows, self.step.lengths - 1] = ids[:, 0]
 
 
 @dataclass
@@ -70,7 +88,13 @@ class KeyValueCache:
         batch: Conversations.
         capacity: Tokens of the longest conversation, prompt and completion together.
         like: A tensor whose device and dtype keys take, of shape (kv_heads, head_dim).
+
+    Attributes:
+        expert_ids: Experts of the token at each place in every mixture layer, best first, all bits
+            set where there was none yet; None unless `remember_experts` was called.
     """
+
+    expert_ids: Integer[Tensor, "batch places moe_layers chosen"] | None = None
 
     def __init__(
         self, windows: tuple[int | None, ...], *, batch: int, capacity: int, like: Tensor
@@ -84,6 +108,20 @@ class KeyValueCache:
             slots = capacity if window is None else min(window, capacity)
             room = like.new_zeros((batch, slots, *like.shape))
             self.layers.append(LayerCache(room, torch.zeros_like(room), self.step))
+
+    def remember_experts(self, layers: Sequence[int], *, chosen: int, dtype: torch.dtype) -> None:
+        """Keep the experts of every token from now on.
+
+        Args:
+            layers: Indices of the mixture layers.
+            chosen: Experts per token.
+            dtype: Of the ids.
+        """
+        keys = self.layers[0].keys
+        shape = (keys.shape[0], self.capacity, len(layers), chosen)
+        self.expert_ids = torch.zeros(shape, dtype=dtype, device=keys.device).bitwise_not_()
+        for number, layer in enumerate(layers):
+            self.layers[layer].expert_ids = self.expert_ids[:, :, number]
 
     def begin(self, document_ids: Int[Tensor, "batch seq"]) -> None:
         """Announce a forward pass: its tokens count as held from here on.
@@ -122,9 +160,17 @@ class KeyValueCache:
             size = min(layer.keys.shape[1], other.keys.shape[1])
             layer.keys[rows, :size] = other.keys[: len(rows), :size]
             layer.values[rows, :size] = other.values[: len(rows), :size]
+        if self.expert_ids is not None and prompts.expert_ids is not None:
+            size = min(self.capacity, prompts.capacity)
+            self.expert_ids[rows, :size] = prompts.expert_ids[: len(rows), :size]
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Drop all conversations but these."""
         self.step.lengths = self.step.lengths[rows]
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        if self.expert_ids is not None:
+            self.expert_ids = self.expert_ids[rows]
+            mixtures = [layer for layer in self.layers if layer.expert_ids is not None]
+            for number, layer in enumerate(mixtures):
+                layer.expert_ids = self.expert_ids[:, :, number]

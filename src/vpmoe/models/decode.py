@@ -22,6 +22,7 @@ class Decoder(ABC):
         student: Whose weights are read, those of the moment.
         slots: Conversations under way at a time.
         capacity: Tokens of the longest conversation, prompt and completion together.
+        keeps_experts: Remember in `cache.expert_ids` which experts every token went to.
 
     Attributes:
         hidden: Final normed state of each slot's newest token.
@@ -33,11 +34,13 @@ class Decoder(ABC):
     is_static = False
     prompt_tokens = 16_384
 
-    def __init__(self, student: "Student", *, slots: int, capacity: int) -> None:
+    def __init__(
+        self, student: "Student", *, slots: int, capacity: int, keeps_experts: bool = False
+    ) -> None:
         self.student = student
         self.slots = slots
         self.capacity = capacity
-        self.cache = student.new_cache(batch=slots, capacity=capacity)
+        self.cache = student.new_cache(batch=slots, capacity=capacity, keeps_experts=keeps_experts)
         self.hidden = student.embedding.weight.detach().new_zeros(slots, student.config.hidden_size)
 
     @abstractmethod
@@ -83,7 +86,8 @@ class Decoder(ABC):
         lengths, slots = placed
         rows, width = tokens.shape
         place = torch.arange(width, device=tokens.device).expand(rows, -1)
-        fresh = self.student.new_cache(batch=rows, capacity=width)
+        keeps_experts = self.cache.expert_ids is not None
+        fresh = self.student.new_cache(batch=rows, capacity=width, keeps_experts=keeps_experts)
         states = self.student(
             tokens,
             positions=place.contiguous(),

@@ -16,7 +16,7 @@ from vpmoe.errors import ConfigError
 from vpmoe.kernels import decode, decode_experts
 from vpmoe.kernels.decode import Heads
 from vpmoe.kernels.decode_experts import Network
-from vpmoe.kernels.router import GroupChoice, split_weight
+from vpmoe.kernels.router import GroupChoice, Record, split_weight
 from vpmoe.models.attention.base import Attention
 from vpmoe.models.attention.tpa import Tpa
 from vpmoe.models.cache import LayerCache
@@ -72,9 +72,11 @@ class FusedDecoder(Decoder):
 
     is_static = True
 
-    def __init__(self, student: "Student", *, slots: int, capacity: int) -> None:
+    def __init__(
+        self, student: "Student", *, slots: int, capacity: int, keeps_experts: bool = False
+    ) -> None:
         require_decodable(student.config)
-        super().__init__(student, slots=slots, capacity=capacity)
+        super().__init__(student, slots=slots, capacity=capacity, keeps_experts=keeps_experts)
         config, moe = student.config, student.config.moe
         device = self.hidden.device
 
@@ -133,10 +135,10 @@ class FusedDecoder(Decoder):
             )
             decode.linear(self.gathered, step.out, step.out_bias, stream, residual=stream)
             decode.normalise(stream, step.mlp_gamma, None, self.normed, eps=eps)
-            parts = self._experts(step)
+            parts = self._experts(step, places)
         decode.normalise(stream, student.final_norm.gamma, parts, self.hidden, eps=eps)
 
-    def _experts(self, step: Step) -> Tensor:
+    def _experts(self, step: Step, places: Tensor) -> Tensor:
         """Parts of what the layer's experts add to the stream."""
         ids = weights = None
         width = chosen = 0
@@ -144,9 +146,10 @@ class FusedDecoder(Decoder):
             assert step.halves is not None and step.expert_bias is not None
             ids, weights = self.expert_ids, self.expert_weights
             decode.linear(self.normed, step.halves, None, self.logits)
+            kept = step.cache.expert_ids
             decode_experts.choose_experts(
                 self.logits, step.router_bias, step.expert_bias, self.choice, self.scores, ids,
-                weights,
+                weights, None if kept is None else Record(kept, places),
             )  # fmt: skip
             width, chosen = step.routed.up.shape[1], self.choice.count
         wide = 0 if step.shared is None else step.shared.up.shape[0]

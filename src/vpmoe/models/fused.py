@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from vpmoe.errors import ConfigError
@@ -172,7 +172,10 @@ def moe_fused(
 
 
 def route_fused(
-    router: Router, hidden: Float[Tensor, "rows dim"], segments: Segments | None
+    router: Router,
+    hidden: Float[Tensor, "rows dim"],
+    segments: Segments | None,
+    given: Integer[Tensor, "rows chosen"] | None = None,
 ) -> tuple[Int[Tensor, "rows chosen"], Float[Tensor, "rows chosen"], MoeStatistics | None]:
     """Experts and weights of each token, and statistics where documents are given.
 
@@ -194,7 +197,13 @@ def route_fused(
     if segments is not None:
         documents = Documents(segments.ids, segments.lengths, segments.num_documents)
     routed = route(
-        hidden, router.weight, router.bias, router.expert_bias, choice=choice, documents=documents
+        hidden,
+        router.weight,
+        router.bias,
+        router.expert_bias,
+        choice=choice,
+        documents=documents,
+        given=given,
     )
     if segments is None:
         return routed.expert_ids, routed.expert_weights, None
@@ -215,7 +224,9 @@ def compiled_region(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def decoder_fused(student: Any, *, slots: int, capacity: int) -> Decoder:
+def decoder_fused(
+    student: Any, *, slots: int, capacity: int, keeps_experts: bool = False
+) -> Decoder:
     """Conversations that a CUDA graph moves on.
 
     References:
@@ -223,7 +234,7 @@ def decoder_fused(student: Any, *, slots: int, capacity: int) -> Decoder:
     """
     from vpmoe.models.decode_fused import FusedDecoder
 
-    return FusedDecoder(student, slots=slots, capacity=capacity)
+    return FusedDecoder(student, slots=slots, capacity=capacity, keeps_experts=keeps_experts)
 
 
 def draw_fused(

@@ -32,7 +32,8 @@ class Kernels:
         embed: Rows of an embedding, as `torch.nn.functional.embedding`.
         scope: What `attend` wants to know of an `AttentionScope`, made once per batch.
         region: Wraps what lies between the others, a layer's dense part.
-        decoder: What a sampler stands on: takes a student, and `slots` and `capacity` by name.
+        decoder: What a sampler stands on: takes a student, and `slots`, `capacity` and
+            `keeps_experts` by name.
         draw: Tokens from logits, in place of `rollouts.draw.choose`; None for that one.
         require: Refuses students, devices and dtypes that it does not compute.
     """

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Int, Integer
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -135,14 +135,18 @@ class Moe(nn.Module):
         for_router: Float[Tensor, "batch seq dim"],
         hidden: Float[Tensor, "batch seq dim"],
         segments: Segments | None,
-    ) -> tuple[Float[Tensor, "batch seq dim"], MoeStatistics | None]:
+        given: Integer[Tensor, "batch seq chosen"] | None,
+    ) -> tuple[Float[Tensor, "batch seq dim"], Int[Tensor, "rows chosen"], MoeStatistics | None]:
         """The residual stream with the routed experts' outputs, and where the tokens went.
 
         Router and experts read the same states, given twice so that a kernel may add up their
-        gradients.
+        gradients. Experts that are given are not chosen anew.
         """
         expert_ids, expert_weights, statistics = self.kernels.route(
-            self.router, for_router.flatten(0, 1), segments
+            self.router,
+            for_router.flatten(0, 1),
+            segments,
+            None if given is None else given.flatten(0, 1),
         )
         out = self.kernels.moe(
             hidden.flatten(0, 1),
@@ -152,4 +156,4 @@ class Moe(nn.Module):
             activation=self.activation,
             residual=stream.flatten(0, 1),
         )
-        return out.view_as(hidden), statistics
+        return out.view_as(hidden), expert_ids, statistics

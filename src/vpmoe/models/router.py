@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -153,21 +153,57 @@ def select_in_groups(
     return top_experts(reachable.flatten(1), count=count)
 
 
+def compact_dtype(num_experts: int, *, count: int) -> torch.dtype:
+    """The smallest type for ids of experts and, with all bits set in all places, of none.
+
+    The experts of a token differ, so that 255 in each of several places is no choice.
+
+    References:
+        own.
+    """
+    if num_experts <= 255 + (count > 1):
+        return torch.uint8
+    return torch.int16 if num_experts < 1 << 15 else torch.int32
+
+
+def replayed(
+    own: Int[Tensor, "rows chosen"], given: Integer[Tensor, "rows chosen"] | None
+) -> Int[Tensor, "rows chosen"]:
+    """The experts that were given, as they are, and own ones for tokens that come without.
+
+    Args:
+        own: What the router would choose.
+        given: What a sampler chose; all bits set in all places of a token where that is not known.
+
+    References:
+        Ma et al., "Stabilizing MoE Reinforcement Learning by Aligning Training and Inference
+        Routers" (2025), arXiv:2510.11370. Difference: tokens may come without; used to distil.
+    """
+    if given is None:
+        return own
+    is_known = (~given != 0).any(dim=-1, keepdim=True)
+    return torch.where(is_known, given.to(own.dtype), own)
+
+
 def route_deepseek_v3(
     router_logits: Float[Tensor, "rows experts"],
     expert_bias: Float[Tensor, " experts"],
     *,
     config: DeepseekV3Config,
     count: int,
+    given: Integer[Tensor, "rows chosen"] | None = None,
 ) -> Routing:
     """Sigmoid routing limited to groups; the bias steers the choice and never the weights.
+
+    Given ids take the choice's place; weights are those of the scores at hand.
 
     References:
         DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), arXiv:2412.19437; Wang et al.,
         "Auxiliary-Loss-Free Load Balancing" (2024), arXiv:2408.15664.
     """
     scores = torch.sigmoid(router_logits)
-    expert_ids = select_in_groups(scores.detach() + expert_bias, config=config, count=count)
+    own = select_in_groups(scores.detach() + expert_bias, config=config, count=count)
+    expert_ids = replayed(own, given)
     chosen = scores.gather(1, expert_ids)
     total = chosen.sum(dim=-1, keepdim=True) + 1e-20
     return Routing(scores, expert_ids, config.scaling * chosen / total)
@@ -178,13 +214,14 @@ def route_softmax_topk(
     expert_bias: Float[Tensor, " experts"],
     *,
     count: int,
+    given: Integer[Tensor, "rows chosen"] | None = None,
 ) -> Routing:
-    """The largest logits win and share a weight of one by their softmax.
+    """The largest logits win, unless ids are given, and share a weight of one by their softmax.
 
     References:
         OpenAI, "gpt-oss model card" (2025), arXiv:2508.10925.
     """
-    expert_ids = top_experts(router_logits.detach() + expert_bias, count=count)
+    expert_ids = replayed(top_experts(router_logits.detach() + expert_bias, count=count), given)
     weights = router_logits.gather(1, expert_ids).softmax(dim=-1)
     return Routing(router_logits.softmax(dim=-1), expert_ids, weights)
 
@@ -297,15 +334,21 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(num_experts))
         self.register_buffer("local_tokens_per_expert", torch.zeros(num_experts))
 
-    def forward(self, hidden: Float[Tensor, "rows dim"]) -> Routing:
-        """Experts and weights of each token."""
+    def forward(
+        self,
+        hidden: Float[Tensor, "rows dim"],
+        given: Integer[Tensor, "rows chosen"] | None = None,
+    ) -> Routing:
+        """Experts and weights of each token; the experts are those given, where they are."""
         wide = widened(hidden)
         bias = None if self.bias is None else self.bias.to(wide.dtype)
         logits = F.linear(wide, self.weight.to(wide.dtype), bias)
         count = self.num_experts_per_token
         if isinstance(self.config, DeepseekV3Config):
-            return route_deepseek_v3(logits, self.expert_bias, config=self.config, count=count)
-        return route_softmax_topk(logits, self.expert_bias, count=count)
+            return route_deepseek_v3(
+                logits, self.expert_bias, config=self.config, count=count, given=given
+            )
+        return route_softmax_topk(logits, self.expert_bias, count=count, given=given)
 
     @torch.no_grad()
     def update_expert_bias(self, counts: Float[Tensor, " experts"]) -> None:
@@ -315,16 +358,21 @@ class Router(nn.Module):
 
 
 def route_reference(
-    router: Router, hidden: Float[Tensor, "rows dim"], segments: Segments | None
+    router: Router,
+    hidden: Float[Tensor, "rows dim"],
+    segments: Segments | None,
+    given: Integer[Tensor, "rows chosen"] | None = None,
 ) -> tuple[Int[Tensor, "rows chosen"], Float[Tensor, "rows chosen"], MoeStatistics | None]:
     """Experts and weights of each token, and statistics where documents are given.
+
+    Given experts take the place of the choice, see `replayed`; the loads count them.
 
     What a fused router has to equal, in values and in gradients.
 
     References:
         own; see the functions it calls.
     """
-    routing = router(hidden)
+    routing = router(hidden, given)
     if segments is None:
         return routing.expert_ids, routing.expert_weights, None
     counts = torch.zeros_like(router.local_tokens_per_expert)

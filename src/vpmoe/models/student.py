@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +20,7 @@ from vpmoe.models.mlp import Linear, Mlp
 from vpmoe.models.moe import ConstantWeight, Moe, shared_expert_weight
 from vpmoe.models.norm import RmsNorm
 from vpmoe.models.positions import Position, build_position
-from vpmoe.models.router import MoeStatistics, Router, Segments, segments_of
+from vpmoe.models.router import MoeStatistics, Router, Segments, compact_dtype, segments_of
 from vpmoe.vocabulary import VocabSubset
 
 __all__ = ["Student", "StudentConfig", "StudentOutput", "build_student"]
@@ -84,6 +84,7 @@ class Layer(nn.Module):
         segments: Segments | None,
         shared_weight: Tensor | None,
         cache: LayerCache | None,
+        expert_ids: Integer[Tensor, "batch seq chosen"] | None,
     ) -> LayerResult:
         """The stream after the layer, values for later layers, and routing statistics."""
         # Prompts come in few shapes; single tokens have a decoder of their own where speed counts.
@@ -93,7 +94,11 @@ class Layer(nn.Module):
         if not isinstance(self.mlp, Moe):
             return hidden, values, None
         for_router, for_experts = normed
-        hidden, statistics = self.mlp.add_routed(hidden, for_router, for_experts, segments)
+        hidden, chosen, statistics = self.mlp.add_routed(
+            hidden, for_router, for_experts, segments, expert_ids
+        )
+        if cache is not None:
+            cache.note(chosen)
         return hidden, values, statistics
 
 
@@ -212,13 +217,27 @@ class Student(nn.Module):
         """Logits over embedding rows."""
         return F.linear(hidden, self.head_weight)
 
-    def new_cache(self, *, batch: int, capacity: int) -> KeyValueCache:
-        """An empty cache for conversations of up to `capacity` tokens."""
+    def new_cache(self, *, batch: int, capacity: int, keeps_experts: bool = False) -> KeyValueCache:
+        """An empty cache for conversations of up to `capacity` tokens.
+
+        Args:
+            batch: Conversations.
+            capacity: Tokens of the longest.
+            keeps_experts: Remember the experts of every token, where there are any.
+        """
         config = self.config
         numbers = range(1, config.num_layers + 1)
         windows = tuple(config.attention_of(n).window_size for n in numbers)
         like = self.embedding.weight.detach().new_empty(config.num_kv_heads, config.head_dim)
-        return KeyValueCache(windows, batch=batch, capacity=capacity, like=like)
+        cache = KeyValueCache(windows, batch=batch, capacity=capacity, like=like)
+        if keeps_experts and config.moe is not None:
+            chosen = config.moe.num_experts_per_token
+            cache.remember_experts(
+                [number - 1 for number in numbers if config.is_moe(number)],
+                chosen=chosen,
+                dtype=compact_dtype(config.moe.num_experts, count=chosen),
+            )
+        return cache
 
     def forward(
         self,
@@ -229,6 +248,7 @@ class Student(nn.Module):
         cache: KeyValueCache | None = None,
         keep_layers: Sequence[int] = (),
         num_documents: int | None = None,
+        expert_ids: Integer[Tensor, "batch seq moe_layers chosen"] | None = None,
     ) -> StudentOutput:
         """Final states of every token.
 
@@ -241,6 +261,8 @@ class Student(nn.Module):
             keep_layers: Numbers of layers, from 1, whose states come back as well.
             num_documents: Documents in the batch or more, where that is known: it is not read back
                 from the device then.
+            expert_ids: Experts to send tokens to, those of `Batch`; chosen where they are not known
+                or not given.
         """
         if cache is not None:
             cache.begin(document_ids)
@@ -251,10 +273,12 @@ class Student(nn.Module):
         hidden = self.kernels.embed(self.rows_of(tokens), self.embedding.weight)  # (B, T, D)
         balance = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         first_values, tallies, states = None, [], {}
+        given = self._by_layer(expert_ids)
         for number, layer in enumerate(self.layers, start=1):
             view = views["global" if self.config.is_global(number) else "local"]
             layer_cache = None if cache is None else cache.layers[number - 1]
-            arguments = (hidden, first_values, view, segments, self.shared_weight, layer_cache)
+            own = segments, self.shared_weight, layer_cache, given[number - 1]
+            arguments = (hidden, first_values, view, *own)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden, values, statistics = checkpoint(
                     layer, *arguments, use_reentrant=False, preserve_rng_state=False
@@ -275,6 +299,18 @@ class Student(nn.Module):
             0 if segments is None else segments.num_documents,
             tuple(states[number] for number in keep_layers),
         )
+
+    def _by_layer(self, expert_ids: Tensor | None) -> list[Tensor | None]:
+        """The experts given to each layer."""
+        if expert_ids is None:
+            return [None] * len(self.layers)
+        if expert_ids.shape[2] != len(self.routers()):
+            raise ValueError(
+                f"expert_ids of {expert_ids.shape[2]} mixture layers for a student of "
+                f"{len(self.routers())}"
+            )
+        of_mixtures = iter(expert_ids.unbind(dim=2))
+        return [next(of_mixtures) if isinstance(layer.mlp, Moe) else None for layer in self.layers]
 
     def _tally(self, tallies: list[Tensor]) -> None:
         """Count tokens per expert, here and not in checkpointed layers, which run twice."""

@@ -28,7 +28,7 @@ def pack_rollouts(rollouts: Sequence[Rollout], *, seq_len: int) -> Batch:
     """One batch of rows, each holding whole rollouts, in their order (first fit).
 
     Only sampled tokens are trained on: neither the prompt, nor the header the prompt ends with,
-    nor the end of the document.
+    nor the end of the document. Experts are those that the sampler used, prompts included.
 
     Raises:
         RunError: If a rollout is longer than `seq_len`, or unscored.
@@ -60,6 +60,7 @@ def _fill(rows: list[list[Rollout]], *, width: int) -> Batch:
     documents = np.full(shape, PADDING_DOCUMENT, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
     logprobs = np.zeros((2, *shape), dtype=np.float32)
+    experts = _no_experts(rows, shape)
     for r, row in enumerate(rows):
         begin = 0
         for number, rollout in enumerate(row):
@@ -74,6 +75,8 @@ def _fill(rows: list[list[Rollout]], *, width: int) -> Batch:
             positions[r, here] = np.arange(len(ids))
             logprobs[0, r, sampled] = rollout.rollout_logprobs
             logprobs[1, r, sampled] = rollout.teacher_logprobs
+            if experts is not None and rollout.expert_ids is not None:
+                experts[r, begin : here.stop - 1] = rollout.expert_ids
             begin = here.stop
     return Batch(
         tokens=torch.from_numpy(tokens),
@@ -83,5 +86,15 @@ def _fill(rows: list[list[Rollout]], *, width: int) -> Batch:
         positions=torch.from_numpy(positions),
         rollout_logprobs=torch.from_numpy(logprobs[0]),
         teacher_logprobs=torch.from_numpy(logprobs[1]),
+        expert_ids=None if experts is None else torch.from_numpy(experts),
         sample_ids=tuple(tuple(rollout.sample_id for rollout in row) for row in rows),
     )
+
+
+def _no_experts(rows: list[list[Rollout]], shape: tuple[int, int]) -> np.ndarray | None:
+    """Room for the experts of every token, all bits set; None if no rollout names any."""
+    named = (rollout.expert_ids for row in rows for rollout in row)
+    first = next((ids for ids in named if ids is not None), None)
+    if first is None:
+        return None
+    return ~np.zeros((*shape, *first.shape[1:]), dtype=first.dtype)

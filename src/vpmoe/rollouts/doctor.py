@@ -19,7 +19,8 @@ def require_sampler_equals_trainer(
     """Mean |log-prob of the sampler - log-prob of the trainer| over sampled tokens, in nats.
 
     The trainer recomputes the sampled tokens in packed rows, without a cache. A difference means a
-    broken cache, a mask that leaks, other positions, or other prompts.
+    broken cache, a mask that leaks, other positions, or other prompts; or, in deep students whose
+    routing is not replayed, experts that rounding chose otherwise.
 
     Raises:
         RunError: If the mean difference exceeds `tolerance_nats`.
@@ -30,7 +31,12 @@ def require_sampler_equals_trainer(
     """
     batch = pack_rollouts(rollouts, seq_len=seq_len).to(student.head_weight.device)
     with torch.no_grad():
-        output = student(batch.tokens, positions=batch.positions, document_ids=batch.document_ids)
+        output = student(
+            batch.tokens,
+            positions=batch.positions,
+            document_ids=batch.document_ids,
+            expert_ids=batch.expert_ids,
+        )
     sampled = batch.span_ids != Span.IGNORE
     recomputed = token_logprobs(
         output.hidden[sampled], student.head_weight, student.rows_of(batch.labels[sampled])
@@ -38,10 +44,12 @@ def require_sampler_equals_trainer(
     assert batch.rollout_logprobs is not None
     gap = (recomputed - batch.rollout_logprobs[sampled]).abs().mean().item()
     if not gap <= tolerance_nats:
+        is_free = batch.expert_ids is None and student.routers()
         raise RunError(
             f"sampler and trainer disagree by {gap:.4f} nats per token on the student's own "
             f"tokens, tolerance {tolerance_nats:g}",
-            hint="the key/value cache, the masks or the prompts differ between the two paths",
+            hint="the key/value cache, the masks or the prompts differ between the two paths"
+            + (", or the experts: set rollouts.replay_routing = true" if is_free else ""),
         )
     return gap
 

@@ -16,7 +16,7 @@ import torch
 from vpmoe.errors import UsageError
 from vpmoe.models.student import Student
 from vpmoe.rollouts.draw import Draw
-from vpmoe.rollouts.slots import Slots
+from vpmoe.rollouts.slots import Slots, Written
 from vpmoe.vocabulary import STOP_TOKENS
 
 ADMIT_SHARE = 8  # prompts are read once this part of the slots is free, for a pass costs as a step
@@ -33,12 +33,16 @@ class Completion:
         logprobs: Of each token under the model itself (temperature 1, nothing cut), nats, float32.
         behavior_logprobs: Of each token under the distribution it was drawn from; 0 when greedy.
         stop_reason: "stop" at a stop token, "length" when it was cut.
+        expert_ids: Experts of the prompt's tokens and of the written ones but the last, in every
+            mixture layer, best first: (tokens, mixture layers, A), uint8 or wider; None
+            unless the sampler keeps them.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     behavior_logprobs: np.ndarray
     stop_reason: Literal["stop", "length"]
+    expert_ids: np.ndarray | None = None
 
 
 class Sampler:
@@ -47,13 +51,15 @@ class Sampler:
     Args:
         student: Put into evaluation mode while it writes, and back afterwards.
         max_batch: Conversations under way at a time.
+        keeps_experts: Say of every token which experts it went to.
     """
 
-    def __init__(self, student: Student, *, max_batch: int) -> None:
+    def __init__(self, student: Student, *, max_batch: int, keeps_experts: bool = False) -> None:
         if max_batch < 1:
             raise UsageError(f"max_batch is {max_batch}", hint="at least 1")
         self.student = student
         self.max_batch = max_batch
+        self.keeps_experts = keeps_experts
         self._slots: Slots | None = None
 
     @torch.no_grad()
@@ -108,7 +114,14 @@ class Sampler:
             return held
         self.release()
         capacity = -(-capacity // ROUNDED) * ROUNDED
-        made = Slots(self.student, draw, stops, slots=slots, capacity=capacity)
+        made = Slots(
+            self.student,
+            draw,
+            stops,
+            slots=slots,
+            capacity=capacity,
+            keeps_experts=self.keeps_experts,
+        )
         if made.decoder.is_static:
             self._slots = made
         return made
@@ -136,7 +149,7 @@ class Sampler:
             is_going = True
             while is_going:
                 is_going = bool(slots.advance(1)[0])
-                yield int(slots.take([0])[0][0][-1])
+                yield int(slots.take([0])[0].tokens[-1])
 
 
 def _written(
@@ -162,11 +175,10 @@ def _written(
         is_active = slots.advance(slots.stride)
         leaving = np.flatnonzero(~is_active & (owner >= 0))
         if leaving.size:
-            for number, (tokens, own, behavior, has_stopped) in zip(
+            for number, own in zip(
                 owner[leaving].tolist(), slots.take(leaving.tolist()), strict=True
             ):
-                reason = "stop" if has_stopped else "length"
-                done[number] = Completion(tokens, own, behavior, reason)
+                done[number] = _completion(own)
             owner[leaving] = -1
         going = np.flatnonzero(owner >= 0)
         is_shrinking = not waiting and 0 < going.size < COMPACT_BELOW * owner.size
@@ -174,6 +186,16 @@ def _written(
             slots.keep(going.tolist())
             owner = owner[going]
     return [done[number] for number in range(len(prompts))]
+
+
+def _completion(written: Written) -> Completion:
+    return Completion(
+        tokens=written.tokens,
+        logprobs=written.logprobs,
+        behavior_logprobs=written.behavior_logprobs,
+        stop_reason="stop" if written.has_stopped else "length",
+        expert_ids=written.expert_ids,
+    )
 
 
 @contextmanager

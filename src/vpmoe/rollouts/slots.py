@@ -1,6 +1,7 @@
 """Slots in which conversations are written, a token each per step, without asking the host."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +11,26 @@ from torch import Tensor
 from vpmoe.models.decode import ReferenceDecoder
 from vpmoe.models.student import Student
 from vpmoe.rollouts.draw import Draw, choose, stream_of, uniforms
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a slot has written so far.
+
+    Attributes:
+        tokens: o200k ids; the stop token included.
+        logprobs: Of each token under the model itself (temperature 1, nothing cut), nats, float32.
+        behavior_logprobs: Of each token under the distribution it was drawn from; 0 when greedy.
+        has_stopped: Whether a stop token ended it.
+        expert_ids: Experts of the prompt's tokens and of the written ones but the last, in every
+            mixture layer: (tokens, mixture layers, A); None if they are not kept.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    behavior_logprobs: np.ndarray
+    has_stopped: bool
+    expert_ids: np.ndarray | None
 
 
 class Slots:
@@ -24,6 +45,7 @@ class Slots:
         stops: Ids that end a completion.
         slots: Conversations at a time.
         capacity: Tokens of the longest conversation.
+        keeps_experts: Keep the experts of every token, for whoever reads the tokens again.
     """
 
     def __init__(
@@ -34,10 +56,13 @@ class Slots:
         *,
         slots: int,
         capacity: int,
+        keeps_experts: bool = False,
     ) -> None:
         self.student = student
         self.draw = draw
-        self.decoder = student.kernels.decoder(student, slots=slots, capacity=capacity)
+        self.decoder = student.kernels.decoder(
+            student, slots=slots, capacity=capacity, keeps_experts=keeps_experts
+        )
         device = self.decoder.hidden.device
         self._stop_list = list(stops)
         self._stops = torch.tensor(self._stop_list, dtype=torch.int64, device=device)
@@ -133,14 +158,21 @@ class Slots:
         self._active &= ~(stops | (self._written >= self._limits))
         self._places += self._active
 
-    def take(self, slots: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, bool]]:
-        """Tokens, both kinds of log-probs, and whether a stop token ended them, for each slot."""
+    def take(self, slots: Sequence[int]) -> list[Written]:
+        """What each of these slots has written."""
         at = torch.as_tensor(slots, device=self._places.device)
-        parts = (self._tokens, self._logprobs, self._behavior, self._written, self._stopped)
-        tokens, own, behavior, written, stopped = (part[at].cpu().numpy() for part in parts)
+        parts = (self._tokens, self._logprobs, self._behavior, self._stopped)
+        written, places = torch.stack((self._written[at], self._places[at])).tolist()
+        tokens, own, behavior, stopped = (part[at].cpu().numpy() for part in parts)
+        experts: list[np.ndarray | None] = [None] * len(slots)
+        kept = self.decoder.cache.expert_ids
+        if kept is not None:
+            # A slot that has ended goes on in its last place: what lies there is no longer its own.
+            whole = kept[at, : max(places)].cpu().numpy()
+            experts = [whole[i, :place].copy() for i, place in enumerate(places)]
         return [
-            (tokens[i, :n], own[i, :n], behavior[i, :n], bool(stopped[i]))
-            for i, n in enumerate(written.tolist())
+            Written(tokens[i, :n], own[i, :n], behavior[i, :n], bool(stopped[i]), experts[i])
+            for i, n in enumerate(written)
         ]
 
     def keep(self, slots: Sequence[int]) -> None:

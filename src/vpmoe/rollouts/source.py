@@ -34,6 +34,8 @@ class RolloutsConfig(Config):
     """Completions under way at a time; changes nothing but the speed."""
     max_staleness_steps: int = Field(default=0, ge=0)
     """Oldest weights, in steps, whose completions are trained on; at least steps_per_round - 1."""
+    replay_routing: bool = True
+    """Train each token with the experts that the sampler sent it to; see docs/training.md."""
     doctor_tolerance_nats: float = Field(default=0.02, gt=0)
     """Mean difference allowed between the sampler's log-probs and the trainer's."""
 
@@ -106,7 +108,9 @@ class LocalRollouts:
         seed: int,
         has_effort: bool,
     ) -> None:
-        self._sampler = Sampler(student, max_batch=config.max_batch)
+        self._sampler = Sampler(
+            student, max_batch=config.max_batch, keeps_experts=config.replay_routing
+        )
         self._teacher = teacher
         self._pool = pool
         self._config = config
@@ -149,6 +153,7 @@ class LocalRollouts:
                 policy_version=request.policy_version,
                 reasoning_effort=effort,
                 stop_reason=completion.stop_reason,
+                expert_ids=completion.expert_ids,
             )
             for prompt, effort, completion in zip(prompts, efforts, completions, strict=True)
         ]

@@ -86,8 +86,8 @@ class GraphedStudent:
             )
         self.student = student
         self._after_backward = after_backward
-        self._seen: dict[torch.Size, int] = {}
-        self._captured: dict[torch.Size, _Captured] = {}
+        self._seen: dict[tuple[torch.Size, bool], int] = {}
+        self._captured: dict[tuple[torch.Size, bool], _Captured] = {}
         self._anchor = torch.zeros((), device=student.embedding.weight.device, requires_grad=True)
         self._pool: Any = None
 
@@ -98,7 +98,7 @@ class GraphedStudent:
             batch: On the student's device.
             num_documents: Documents in it.
         """
-        shape = batch.tokens.shape
+        shape = batch.tokens.shape, batch.expert_ids is not None
         seen = self._seen.get(shape, 0)
         self._seen[shape] = seen + 1
         if seen < WARM_UP:
@@ -115,7 +115,8 @@ class GraphedStudent:
 
     def _capture(self, batch: Batch, num_documents: int) -> _Captured:
         room = max(MIN_DOCUMENTS, 1 << (2 * num_documents - 1).bit_length())
-        names = ("tokens", "positions", "document_ids")
+        names = ["tokens", "positions", "document_ids"]
+        names += ["expert_ids"] if batch.expert_ids is not None else []
         inputs = {name: getattr(batch, name).clone() for name in names}
         stream = torch.cuda.current_stream()
         passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -141,4 +142,5 @@ def forward(
         document_ids=batch.document_ids,
         keep_layers=layers,
         num_documents=num_documents,
+        expert_ids=batch.expert_ids,
     )
