@@ -1,5 +1,6 @@
 """Log-probs of the sampler beside those of the trainer's forward pass; a part of `sampling`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def agreement_of_run(
     from vpmoe.data.harmony import RenderConfig, Renderer
     from vpmoe.data.problems import generate
     from vpmoe.train.state import load_student
+    from vpmoe.vocabulary import STOP_TOKENS
 
     student, manifest = load_student(run, device=device, dtype=torch.bfloat16, kernels=kernels)
     data = (manifest["inputs"] or {}).get("data") or {}
@@ -52,15 +54,40 @@ def agreement_of_run(
     if len(asked) < BATCH:
         raise SystemExit(f"{run} knows the words of {len(asked)} questions, {BATCH} are needed")
     prompts = asked[:BATCH]
-    return _measured(student.eval(), prompts, weights="trained", routings=("own", "replayed"))
+    return _measured(
+        student.eval(),
+        prompts,
+        weights="trained",
+        routings=("own", "replayed"),
+        stops=STOP_TOKENS,
+    )
+
+
+@torch.no_grad()
+def agreement_on_data(student: Any, dataset: Any) -> list[dict[str, Any]]:
+    """A student in training, on the prompts of conversations that it was not trained on."""
+    from vpmoe.spans import Span
+
+    prompts = []
+    for index in range(len(dataset)):
+        document = dataset.conversation(index)
+        begin = int(np.flatnonzero(document.span_ids != Span.IGNORE)[0]) + 1
+        if begin + NEW <= WIDTH:
+            prompts.append(document.tokens[:begin].astype(np.int64))
+    student.eval()
+    return _measured(student, prompts[:BATCH], weights="in training", routings=("own", "replayed"))
 
 
 def _measured(
-    student: Any, prompts: list[np.ndarray], *, weights: str, routings: tuple[str, ...]
+    student: Any,
+    prompts: list[np.ndarray],
+    *,
+    weights: str,
+    routings: tuple[str, ...],
+    stops: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
     """A row per routing over the same completions; any but "replayed" is the trainer's own."""
     from vpmoe.rollouts.sampler import Sampler
-    from vpmoe.vocabulary import STOP_TOKENS
 
     reference = student_like(student)
     rows: dict[str, dict[str, Any]] = {
@@ -73,7 +100,6 @@ def _measured(
         }
         for routing in routings
     }
-    stops = STOP_TOKENS if weights == "trained" else ()
     for name, temperature in (("drawn", 1.0), ("greedy", 0.0)):
         sampler = Sampler(student, max_batch=len(prompts), keeps_experts=True)
         done = sampler.generate(

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.agreement import agreement_on_data
 from benchmarks.common import (
     REPOSITORY,
     RESULTS,
@@ -163,8 +164,10 @@ def trainee(args: argparse.Namespace, **changes: Any) -> Iterator[Trainee]:
 def ours(args: argparse.Namespace) -> Rows:
     """Whole steps, the optimizer alone, forward and backward replayed and launched, long rows.
 
-    All of it beside the optimizer's state, as in training.
+    All of it beside the optimizer's state, as in training; then the sampler beside the trainer.
     """
+    from vpmoe.data.dataset import Dataset
+
     with trainee(args) as it:
         for _ in range(args.warm_steps):
             it.step(args.step_tokens, args.step_tokens)
@@ -183,6 +186,9 @@ def ours(args: argparse.Namespace) -> Rows:
             more = warmed | {"activation_kb_per_token_and_layer": round(kept, 1)}
             yield pass_row(it, args, batch, more, graphed=False)
             yield pass_row(it, args, batch, warmed, graphed=True)
+        it.replica.optimizer = None
+        free()
+        yield from agreement_on_data(it.student, Dataset(args.data, "valid"))
 
 
 def pass_row(
