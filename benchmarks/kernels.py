@@ -2,7 +2,7 @@
 
 python -m benchmarks.kernels                    everything, 16,384 and 32,768 tokens
 python -m benchmarks.kernels --only experts     some of ceilings, experts, router, attention, head,
-                                                optimizer
+                                                optimizer; other rows of the file stay
 
 CUDA-graph replay with the L2 flushed before each repetition, medians; the optimizer and the head
 are launched from Python, as they are in training. Shapes are the 80-layer student's. A peer that
@@ -10,6 +10,8 @@ fails is recorded with its error.
 """
 
 import argparse
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,8 @@ def add(
 ) -> None:
     """Time one line of the table."""
     row: dict[str, Any] = {"measure": measure, "who": who, "tokens": tokens}
+    ROWS[:] = [old for old in ROWS if any(old[key] != row[key] for key in list(row))]
+    row["date"] = time.strftime("%Y-%m-%d", time.gmtime())
     try:
         row |= timer(function).summary()
         row |= {name: value() if callable(value) else value for name, value in more.items()}
@@ -270,6 +274,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels.json")
     args = parser.parse_args()
+    if args.out.exists():
+        ROWS.extend(json.loads(args.out.read_text())["rows"])
     for name in args.only:
         for tokens in args.tokens:
             torch.manual_seed(0)

@@ -202,7 +202,7 @@ def kernels() -> str:
     """Every kernel beside the best peer of the same run."""
     found = load("kernels")
     lines = [line for measure in KERNELS for line in lines_of(measure, found["rows"])]
-    columns = ["what", "tokens", "ms", "±", "peer", "ms", "ratio", "bar", "stretch", "bound by"]
+    columns = ["what", "tokens", "ms", "±", "GiB", "peer", "ms", "ratio", "bar", "stretch"]
     by_kernel = [
         [f"{row['measure']}, {row['tokens']:,}", f"`{part['kernel']}`", part["calls"], part["us"]]
         for row in found["rows"]
@@ -215,12 +215,23 @@ def kernels() -> str:
             f"{found['device']}, torch {found['torch']}, Triton {found['triton']}, "
             f"{found['date']}. Forward + backward, CUDA-graph replay, L2 flushed, medians and half "
             "the distance between the 10th and the 90th percentile. The peer is the fastest of "
-            "those tried in the same run; grouped_mm computes no biases.",
-            table(columns, lines),
+            "those tried in the same run; grouped_mm computes no biases. GiB: at most, beyond "
+            "states and head (bar 4 for the head)." + other_days(found),
+            table([*columns, "bound by"], lines),
             "GPU time by kernel, the longest of each, caches not flushed:",
             table(["of", "kernel", "calls", "us"], by_kernel),
         ]
     )
+
+
+def other_days(found: dict[str, Any]) -> str:
+    """Which rows were measured on another day than the last ones."""
+    days: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        if row["who"] == "ours" and row["measure"] in KERNELS and row["date"] != found["date"]:
+            names = days.setdefault(row["date"], [])
+            names += [row["measure"]] if row["measure"] not in names else []
+    return "".join(f" Measured on {day}: {'; '.join(names)}." for day, names in days.items())
 
 
 def losses() -> str:
@@ -278,31 +289,37 @@ def lines_of(measure: str, rows: list[dict[str, Any]]) -> list[list[Any]]:
         if best is not None:
             peer = [best["who"], best["ms"], f"{best['ms'] / ours['ms']:.2f}"]
         bars = [bar, stretch] if tokens == 16_384 else [None, None]
-        lines.append([measure, tokens, ours["ms"], ours["spread_ms"], *peer, *bars, bound])
+        numbers = ours["ms"], ours["spread_ms"], ours.get("peak_gib")
+        lines.append([measure, tokens, *numbers, *peer, *bars, bound])
     return lines
 
 
 def profile() -> str:
-    """Where a layer's time goes."""
-    found = load("profile-8-layers")
-    rows = [[f"`{row['kernel']}`", row["calls"], row["us"]] for row in found["rows"][:20]]
-    steps = [
-        [row["what"], row["layers"], row["gpu_us"] / 1e3, row["kernels_us"]["compiled"] / 1e3]
-        for row in found["slices"]
-    ]
-    columns = ["what", "layers", "GPU ms", "of it in compiled kernels, ms"]
+    """What `vpmoe profile` saw of a step, beside what `vpmoe check` had predicted."""
+    found = load("profile-one-gpu")
+    total = sum(found["regions_ms"].values())
+    regions = [[name, ms, 100 * ms / total] for name, ms in found["regions_ms"].items()]
+    rows = [[f"`{r['kernel'][:60]}`", r["region"], r["calls"], r["ms"]] for r in found["kernels"]]
+    told, memory = found["predicted"], found["memory"]["peak_gib"]
+    bought = load("profile-8-layers")["slices"]
+    steps = [[row["what"], row["layers"], row["gpu_us"] / 1e3] for row in bought]
     return "\n\n".join(
         [
-            f"## Where the time goes: {found['layers']} layers, {found['tokens']:,} tokens",
-            f"{found['what']}; the 20 largest.",
-            table(["kernel", "calls", "us"], rows),
-            "What each step bought, as sums of kernel times, which leave out the gaps between "
-            "launches. Launched from Python on a busy host, 80 layers took 510 ms with separate "
-            "projections, 489 with one product (unrolled), 492 with heads in a kernel, and 534 in "
-            "the end, when the launches took longer than the kernels. Replayed as a CUDA graph: "
-            "not run. The merged kernels take fewer tiles per program than those of this table "
-            "did: those were not timed together.",
-            table(columns, steps),
+            f"## Where the time goes: `vpmoe profile`, {found['student']}",
+            f"`vpmoe profile configs/one-gpu/1-warm-start.toml`, {found['device']}: a step of one "
+            f"micro-batch of {found['micro_batch_tokens']:,} slots, {found['tokens_per_step']:,} "
+            f"tokens, takes {found['step_ms']:.0f} ms, {found['tokens_per_s']:,.0f} tokens/s, "
+            f"{found['mfu_pct']:.1f} % of the dense peak; `vpmoe check` predicts "
+            f"{told['tokens_per_s']:,.0f} (the prediction's constants were fitted to kernel times "
+            f"of an earlier state). Memory: {memory:.1f} GiB at most, predicted "
+            f"{told['total_gib']:.1f}. Times of regions come from one step launched under the "
+            "profiler, the step's own from replayed ones.",
+            "![Regions of a step, and its memory](profile-one-gpu.png)",
+            table(["region", "ms", "%"], regions),
+            table(["kernel", "region", "calls", "ms"], rows[:20]),
+            "What each change of the dense part bought, as sums of kernel times, which leave out "
+            "the gaps between launches; measured one after the other, other jobs on the host.",
+            table(["what", "layers", "GPU ms"], steps),
         ]
     )
 
