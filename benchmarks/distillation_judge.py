@@ -70,6 +70,7 @@ def held_out_kl(student: Any, teacher: Any, documents: Sequence[Any]) -> dict[st
     return beside_teacher(teacher, documents, head, opinion, row_of=student.id_of)
 
 
+@torch.no_grad()
 def beside_teacher(
     teacher: Any,
     documents: Sequence[Any],
@@ -107,7 +108,6 @@ def beside_teacher(
     return {name: total / count for name, total in totals.items()} | {"labels": count}
 
 
-@torch.no_grad()
 def _read(
     teacher: Any, documents: Sequence[Any], head: Tensor, opinion: Opinion
 ) -> Iterator[tuple[Tensor, Tensor, Callable[[slice], Tensor]]]:
