@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--tokens", type=int, default=1_500_000)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--k", type=int, default=0)
     parser.add_argument("--rows", type=int, default=8, help="of 1,024 tokens in a step, real rows")
     parser.add_argument("--processes", type=int, default=0)

@@ -90,7 +90,7 @@ def _synth_lines(results: Path) -> list[str]:
     return [
         *lines,
         "",
-        f"From the lowest mean KL to the highest: {', '.join(names)}. Several runs shared the GPU: "
+        f"From the lowest mean KL to the highest: {'; '.join(names)}. Several runs shared the GPU: "
         "the seconds compare methods, they are no speed.",
         *_failures(found),
     ]

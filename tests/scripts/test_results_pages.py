@@ -57,7 +57,7 @@ def test_real_rows_have_a_table_beside_anchors(results):
     assert "| frequencies of the labels | 3.500 | 8.250 | | |" in text
     assert "| the teacher itself | 0 | 5.250 | | |" in text
     assert "loss 3.250, entropy 3.125" in text and "hold 62 % of its mass" in text
-    assert "by exact, by bucket, by sampled, by renormalized, by confidence, by cross_entr" in text
+    assert "by exact; by bucket; by sampled; by renormalized; by confidence; by cross_entr" in text
     assert "Not run" not in text
 
 
