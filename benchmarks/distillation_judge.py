@@ -29,7 +29,7 @@ def judge(settings: dict[str, Any], run_dir: Path, *, problems: bool) -> dict[st
     from vpmoe.train.state import load_student
 
     student, _ = load_student(run_dir, device=torch.device(settings["device"]))
-    student.eval()
+    student.float().eval()  # its weights as trained, everything else in float32
     documents = documents_of(Dataset(settings["data"], "valid"))
     found = held_out_kl(student, teacher_of(settings), documents)
     found["heldout_loss"] = as_plain(heldout_loss(student, documents).loss)
