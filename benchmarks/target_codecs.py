@@ -1,12 +1,10 @@
 """What each codec keeps for how many bytes, and how fast it packs and unpacks on one CPU core.
 
     python -m benchmarks.target_codecs --data data/tiny-real --demo-data runs/demo/data
-    python -m benchmarks.target_codecs --positions OUT/positions.npz    a recorded teacher, alone
 
 Distributions: the demo teacher's; four synthetic shapes; an interpolated n-gram model of the SYNTH
-sample over all 201,088 ids, on text that it has counted and on text that it has not; and, with
-`--positions`, those that benchmarks/codec_teacher.py recorded. What is not measured, and the GPU's
-rates, are carried over from the file that is replaced.
+sample over all 201,088 ids, on text that it has counted and on text that it has not. The GPU's
+rates were measured apart and are carried over from the file that is replaced.
 """
 
 import argparse
@@ -17,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks import recorded
 from benchmarks.common import REPOSITORY, RESULTS
 
 from vpmoe.config import load
@@ -134,47 +131,39 @@ def summary(points: list[Point], reference_or_entropy: float, places: int) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--demo-data", type=Path)
-    parser.add_argument("--positions", type=Path, help="what benchmarks/codec_teacher.py recorded")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--demo-data", type=Path, required=True)
     parser.add_argument("--places", type=int, default=512)
-    parser.add_argument("--out", type=Path, default=RESULTS / "target-codecs.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    panels, found, references = {}, {}, {}
-    if args.demo_data:
-        demo = plan_targets(
-            load(Path("configs/demo/score.toml"), ScoreConfig, [f"data={args.demo_data}"]),
-            places=args.places,
-        )
-        panels["demo teacher"] = demo.points
-        found["demo teacher"] = summary(demo.points, demo.entropy_nats, demo.places)
-    if args.data:
-        train, valid = Dataset(args.data, "train"), Dataset(args.data, "valid")
-        model = NGrams(train)
-        references = {
-            "four synthetic shapes": synthetic(),
-            "n-gram model, text it has counted": n_gram(model, train, args.places),
-            "n-gram model, held-out text": n_gram(model, valid, args.places),
-        }
-    if args.positions:
-        for title, reference in recorded.load(args.positions).items():
-            references[f"small GPT-OSS, text {title}"] = reference
+    demo = plan_targets(
+        load(Path("configs/demo/score.toml"), ScoreConfig, [f"data={args.demo_data}"]),
+        places=args.places,
+    )
+    panels = {"demo teacher": demo.points}
+    found = {"demo teacher": summary(demo.points, demo.entropy_nats, demo.places)}
+    model = NGrams(Dataset(args.data, "train"))
+    references = {
+        "four synthetic shapes": synthetic(),
+        "n-gram model, text it has counted": n_gram(
+            model, Dataset(args.data, "train"), args.places
+        ),
+        "n-gram model, held-out text": n_gram(model, Dataset(args.data, "valid"), args.places),
+    }
     for name, reference in references.items():
         panels[name] = measure(reference)
         found[name] = summary(panels[name], float(reference.entropy.mean()), len(reference))
-    before = json.loads(args.out.read_text()) if args.out.exists() else {}
-    counted = references.get("n-gram model, text it has counted")
+    path = RESULTS / "target-codecs.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
     result = {
         "command": "python -m benchmarks.target_codecs",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "frontiers": before.get("frontiers", {}) | found,
-        "cpu_core": before.get("cpu_core", []) if counted is None else rates(counted),
+        "frontiers": found,
+        "cpu_core": rates(references["n-gram model, text it has counted"]),
         "gpu": before.get("gpu", {}),
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    if args.data and args.demo_data:
-        draw_frontiers(panels, REPOSITORY / "docs" / "target-codecs.png")
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    draw_frontiers(panels, REPOSITORY / "docs" / "target-codecs.png")
 
 
 if __name__ == "__main__":
