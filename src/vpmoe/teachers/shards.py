@@ -85,6 +85,16 @@ def codec_of(header: Mapping[str, Any], ranking: Ranking | None = None) -> Codec
     return codec.ranked_by(ranking)
 
 
+def _complete(header: Mapping[str, Any], ranking: Ranking | None) -> Codec:
+    """The codec as it packs and unpacks."""
+    codec = codec_of(header, ranking)
+    if codec.by_rank and ranking is None:
+        raise DataError(
+            "targets that name ids by their rank need the ranking beside them", hint="score again"
+        )
+    return codec
+
+
 def _schema(codec: Codec) -> pa.Schema:
     return pa.schema([*_FIELDS, *((_PREFIX + name, _CODES) for name in codec.columns)])
 
@@ -203,7 +213,7 @@ class Shard:
         self.header: dict[str, Any] = json.loads(metadata[_HEADER])
         self._ranking = metadata.get(_RANKING)
         ranking = None if self._ranking is None else Ranking.from_bytes(self._ranking)
-        self.codec = codec_of(self.header, ranking)
+        self.codec = _complete(self.header, ranking)
         if not table.schema.equals(_schema(self.codec), check_metadata=False):
             raise DataError(f"{path} is not a target shard of this version", hint="score again")
         columns = table.combine_chunks()
@@ -278,9 +288,7 @@ def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 def _table(
     samples: Sequence[SampleTargets], header: Mapping[str, Any], ranking: Ranking | None
 ) -> pa.Table:
-    codec = codec_of(header, ranking)
-    if codec.by_rank and ranking is None:
-        raise DataError("targets that name ids by their rank need the ranking beside them")
+    codec = _complete(header, ranking)
     runs = [_runs_of(sample) for sample in samples]
     counts = [len(starts) for starts, _, _ in runs]
     lengths = [len(sample.logprobs) for sample in samples]
