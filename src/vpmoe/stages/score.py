@@ -19,10 +19,11 @@ from vpmoe.data.effort import with_effort
 from vpmoe.data.harmony import RenderConfig
 from vpmoe.errors import DataError
 from vpmoe.spans import Span
+from vpmoe.stages.label_ranking import label_ranking
 from vpmoe.teachers import TeacherConfig
 from vpmoe.teachers.ask import Answer, ask
-from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, Teacher
-from vpmoe.teachers.codecs import Codec, CodecConfig
+from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, Teacher, num_known_ids
+from vpmoe.teachers.codecs import Codec, CodecConfig, fitted
 from vpmoe.teachers.codecs.logprob import LogprobConfig
 from vpmoe.teachers.selection import Column, Pool, SelectionConfig, select
 from vpmoe.teachers.shards import SampleTargets
@@ -193,13 +194,19 @@ def score_dataset(
 ) -> dict[str, Any]:
     """The manifest of a store that holds what the teacher says of the selected samples.
 
-    Answers are packed while the teacher reads the next piece.
+    Answers are packed while the teacher reads the next piece. A codec that names ids by their
+    rank gets the ranking of the dataset's own labels.
     Everything but `data`, `split` and `teacher` of `config` is used; those are given as objects.
 
     Raises:
         DataError: If the store cannot be written, or belongs to other settings.
         TeacherError: If the teacher answers nonsense.
     """
+    config = config.model_copy(update={"codec": fitted(config.codec, num_known_ids(teacher))})
+    codec, ranking = config.codec.build(), None
+    if codec.by_rank:
+        ranking = label_ranking(dataset)
+        codec = codec.ranked_by(ranking)
     pool = pool_of(dataset)
     chosen = select(pool, config.selection)
     if not len(chosen):
@@ -210,11 +217,12 @@ def score_dataset(
     lengths = pool.num_tokens.astype(np.int64)
     slices = list(_cut(chosen.tolist(), lengths, config.shard_tokens))
     total, done = int(lengths[chosen].sum()), 0
-    with TargetWriter(config.output, _header(dataset, teacher, config), overwrite=overwrite) as out:
+    header = _header(dataset, teacher, config)
+    with TargetWriter(config.output, header, ranking=ranking, overwrite=overwrite) as out:
         for number, members in enumerate(slices):
             if number not in out.done:
                 targets: dict[int, SampleTargets] = {}
-                for piece, scored in _scored(dataset, teacher, config, members):
+                for piece, scored in _scored(dataset, teacher, codec, config, members):
                     targets.update(zip(piece, scored, strict=True))
                     if progress:
                         progress(done + int(lengths[list(targets)].sum()), total)
@@ -226,10 +234,14 @@ def score_dataset(
 
 
 def _scored(
-    dataset: Dataset, teacher: Teacher, config: ScoreConfig, members: Sequence[int]
+    dataset: Dataset,
+    teacher: Teacher,
+    codec: Codec,
+    config: ScoreConfig,
+    members: Sequence[int],
 ) -> Iterator[tuple[list[int], list[SampleTargets]]]:
     """Documents in pieces of similar length, so that the teacher pads little; packed on the way."""
-    codec, lengths = config.codec.build(), dataset.lengths
+    lengths = dataset.lengths
     device = getattr(config.teacher, "device", "cpu")
     ordered = sorted(members, key=lambda i: (-lengths[i], i))
     waiting: tuple[list[int], Future[list[SampleTargets]]] | None = None
