@@ -1,7 +1,7 @@
 """A GPT-OSS-architecture model with the whole vocabulary, trained for minutes on the SYNTH sample.
 
     python -m benchmarks.codec_teacher OUT --save FOLDER --seconds 110
-    python -m benchmarks.target_codecs --positions OUT/positions.npz
+    python -m benchmarks.target_codecs --captured OUT/*.npz --data ... --demo-data ...
 
 No weights of a large teacher are at hand where the codecs are measured. This one reads the sample's
 train split over and over. Where it does best on held-out text it is saved: the teacher of
@@ -242,11 +242,12 @@ def main() -> None:
     training = Training(args, PackedLoader(train, seq_len=1_024, seed=0), batches)
     training.run()
     model, panels = training.mean, {}
-    panels["read many times"] = positions(model, train, args.places)
+    panels["read_many_times"] = positions(model, train, args.places)
     model.load_state_dict(training.best_weights)
     panels["read"] = positions(model, train, args.places)
-    panels["held out"] = positions(model, valid, args.places)
-    recorded.save(args.out / "positions.npz", panels)
+    panels["held_out"] = positions(model, valid, args.places)
+    for name, reference in panels.items():
+        recorded.save(args.out / f"{name}.npz", reference)
     about = {
         "device": torch.cuda.get_device_name(0) if args.device == "cuda" else args.device,
         "torch": torch.__version__,
@@ -256,7 +257,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "documents": len(train),
         "best": training.best,
-        "entropy_nats": {title: float(found.entropy.mean()) for title, found in panels.items()},
+        "entropy_nats": {name: float(found.entropy.mean()) for name, found in panels.items()},
         "log": training.log,
     }
     (args.out / "codec-teacher.json").write_text(json.dumps(about, indent=1) + "\n")

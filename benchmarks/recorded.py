@@ -1,7 +1,6 @@
 """A teacher's distributions at some places, kept in a file: what a measurement of codecs needs."""
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from vpmoe.teachers.frontier import Reference, joined, reference_of
 
 KEPT = 1_024  # likeliest ids of each place: as many as the widest codec may name
 ROWS = 32  # whole float64 distributions at a time
-_NARROW = {"ids": np.int32, "drawn_ids": np.int32, "logprobs": np.float32}
 
 
 def recorded(hidden: Tensor, head: Tensor) -> Reference:
@@ -36,27 +34,14 @@ def _on_cpu(reference: Reference) -> Reference:
     return replace(reference, **tensors)
 
 
-def save(path: Path, panels: Mapping[str, Reference]) -> None:
-    """Every panel in one file; likeliest ids with float32 log-probs, sums as they are."""
-    arrays = {}
-    for title, reference in panels.items():
-        for field in fields(reference):
-            array = np.asarray(getattr(reference, field.name))
-            arrays[f"{title}/{field.name}"] = array.astype(_NARROW.get(field.name, array.dtype))
-    np.savez_compressed(path, **arrays)
-
-
-def load(path: Path) -> dict[str, Reference]:
-    """The panels of a file by title, in their order."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(path) as arrays:
-        for name in arrays.files:
-            title, field = name.rsplit("/", 1)
-            found.setdefault(title, {})[field] = arrays[name]
-    return {title: _reference(fields_of) for title, fields_of in found.items()}
-
-
-def _reference(found: Mapping[str, np.ndarray]) -> Reference:
-    tensors = {k: torch.from_numpy(v) for k, v in found.items() if v.ndim}
-    wide = {k: v.double() if v.is_floating_point() else v.long() for k, v in tensors.items()}
-    return Reference(**wide, vocab=int(found["vocab"]), exact=bool(found["exact"]))
+def save(path: Path, reference: Reference) -> None:
+    """In a file that `python -m benchmarks.target_codecs --captured` reads."""
+    np.savez_compressed(
+        path,
+        entropy=reference.entropy.numpy(),
+        squares=reference.squares.numpy(),
+        top_ids=reference.ids.int().numpy(),
+        top_logprobs=reference.logprobs.float().numpy(),
+        drawn_ids=reference.drawn_ids.int().numpy(),
+        drawn_logprobs=reference.drawn_logprobs.float().numpy(),
+    )

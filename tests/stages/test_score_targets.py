@@ -18,9 +18,10 @@ from vpmoe.data.dataset import Dataset
 from vpmoe.data.loader import PackedLoader
 from vpmoe.errors import ConfigError, DataError, TeacherError
 from vpmoe.spans import Span
+from vpmoe.stages import score
 from vpmoe.stages.examine_teacher import subject_of
 from vpmoe.stages.label_ranking import label_ranking
-from vpmoe.stages.score import open_targets, run, score_dataset
+from vpmoe.stages.score import ask_about, open_targets, packed, run, score_dataset
 from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, TopScores
 from vpmoe.teachers.store import TargetStore
 from vpmoe.vocabulary import VOCAB_SIZE
@@ -284,3 +285,21 @@ def test_ids_are_ranked_by_the_train_split(tmp_path):
         entries = store.entries([document.sample_id]).ranked()
         labels = document.tokens[1:][document.span_ids[:-1] != Span.IGNORE]
         assert entries.ids[:, 0].tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("codec", [TOP_K, SET_CODED, {"kind": "adaptive"}, {"kind": "logprob"}])
+@pytest.mark.parametrize("at_once", [300, 10**6])
+def test_documents_packed_together_are_packed_as_alone(dataset, monkeypatch, codec, at_once):
+    built = config_for(dataset, codec=codec).codec.build()
+    if built.by_rank:
+        built = built.ranked_by(label_ranking(dataset))
+    documents = [dataset.conversation(index) for index in range(len(dataset))]
+    answers = ask_about(dataset, TopPrefixTeacher(), built, documents)
+    alone = packed(documents, answers, built)
+    monkeypatch.setitem(score._PACKED_AT_ONCE, "cpu", at_once)
+    together = packed(documents, answers, built)
+    assert len(documents) > 2
+    assert [one.sample_id for one in together] == [document.sample_id for document in documents]
+    for one, other in zip(alone, together, strict=True):
+        assert one.codes.keys() == other.codes.keys()
+        assert all(np.array_equal(one.codes[name], other.codes[name]) for name in one.codes)

@@ -4,6 +4,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -23,7 +25,7 @@ from vpmoe.stages.label_ranking import label_ranking
 from vpmoe.teachers import TeacherConfig
 from vpmoe.teachers.ask import Answer, ask
 from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, Teacher, num_known_ids
-from vpmoe.teachers.codecs import Codec, CodecConfig, fitted
+from vpmoe.teachers.codecs import Codec, CodecConfig, Entries, fitted
 from vpmoe.teachers.codecs.logprob import LogprobConfig
 from vpmoe.teachers.selection import Column, Pool, SelectionConfig, select
 from vpmoe.teachers.shards import SampleTargets
@@ -35,6 +37,9 @@ Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 # Of one call to the teacher: how often progress is told. Servers name their own, larger number: at
 # the end of a call they run dry.
 _PIECE_TOKENS = 2**16
+# Tokens of the documents that one call of a codec packs: a GPU wants large calls, a CPU's caches
+# small ones.
+_PACKED_AT_ONCE = {"cpu": 1, "cuda": 2**14}
 
 # Config
 
@@ -169,16 +174,59 @@ def packed(
         codec: How distributions are packed.
         device: Where they are packed; the bytes are the same everywhere, up to rounding.
     """
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.stream(_packing_stream(device)) if on_gpu else nullcontext()
     targets = []
-    for document, answer in zip(documents, answers, strict=True):
-        codes: dict[str, np.ndarray] = {}
-        if answer.entries is not None:
-            entries = answer.entries.to(device)
-            places = torch.tensor([len(entries)], device=device)
-            columns = codec.encode(entries, places)
-            codes = {name: column.data.cpu().numpy() for name, column in columns.items()}
-        targets.append(SampleTargets(document.sample_id, document.span_ids, answer.logprobs, codes))
+    with stream:
+        for begin, end in _groups(documents, _PACKED_AT_ONCE[device.type]):
+            together = _codes(answers[begin:end], codec, device)
+            targets += [
+                SampleTargets(document.sample_id, document.span_ids, answer.logprobs, codes)
+                for document, answer, codes in zip(
+                    documents[begin:end], answers[begin:end], together, strict=True
+                )
+            ]
     return targets
+
+
+@cache
+def _packing_stream(device: torch.device) -> torch.cuda.Stream:
+    """Work here waits for no forward of the teacher, and goes before it."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _groups(documents: Sequence[Document], tokens: int) -> Iterator[tuple[int, int]]:
+    """Ranges of documents that are packed together: some so many tokens, or one document."""
+    begin, held = 0, 0
+    for index, document in enumerate(documents):
+        if held and held + len(document.tokens) > tokens:
+            yield begin, index
+            begin, held = index, 0
+        held += len(document.tokens)
+    if held:
+        yield begin, len(documents)
+
+
+def _codes(
+    answers: Sequence[Answer], codec: Codec, device: torch.device
+) -> list[dict[str, np.ndarray]]:
+    """Each answer's columns of bytes, which do not depend on the answers beside it."""
+    found = [answer.entries for answer in answers if answer.entries is not None]
+    if not found:
+        return [{} for _ in answers]
+    entries = Entries(
+        torch.cat([one.ids for one in found]),
+        torch.cat([one.logprobs for one in found]),
+        torch.cat([one.tail for one in found]),
+    ).to(device)
+    places = torch.tensor([len(one) for one in found], device=device)
+    codes: list[dict[str, np.ndarray]] = [{} for _ in found]
+    for name, column in codec.encode(entries, places).items():
+        data, ends = column.data.cpu().numpy(), column.sizes.cumsum(0).cpu().numpy()
+        for one, part in zip(codes, np.split(data, ends[:-1]), strict=True):
+            one[name] = part
+    return codes
 
 
 # Run
