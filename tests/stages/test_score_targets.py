@@ -303,3 +303,18 @@ def test_documents_packed_together_are_packed_as_alone(dataset, monkeypatch, cod
     for one, other in zip(alone, together, strict=True):
         assert one.codes.keys() == other.codes.keys()
         assert all(np.array_equal(one.codes[name], other.codes[name]) for name in one.codes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codec", [TOP_K, SET_CODED])
+def test_a_gpu_packs_the_same_bytes_while_it_computes(dataset, codec):
+    built = config_for(dataset, codec=codec).codec.build()
+    documents = [dataset.conversation(index) for index in range(len(dataset))]
+    answers = ask_about(dataset, TopPrefixTeacher(), built, documents)
+    busy = torch.randn(4_096, 4_096, device="cuda")
+    for _ in range(50):
+        busy = (busy @ busy).clamp(-1, 1)
+    there = packed(documents, answers, built, "cuda")
+    for one, other in zip(packed(documents, answers, built), there, strict=True):
+        assert one.codes.keys() == other.codes.keys()
+        assert all(np.array_equal(one.codes[name], other.codes[name]) for name in one.codes)
