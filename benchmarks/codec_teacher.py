@@ -73,6 +73,7 @@ def positions(
         drawn = torch.multinomial(logprobs.exp(), DRAWS, replacement=True)
         here = {
             "entropy": -(logprobs.exp() * logprobs).sum(1),
+            "squares": logprobs.exp().square().sum(1),
             "label_logprob": logprobs.gather(1, labels[:, None])[:, 0],
             "top_ids": ids.int(),
             "top_logprobs": logprobs.gather(1, ids).float(),

@@ -23,7 +23,7 @@ from vpmoe.stages.label_ranking import label_ranking
 from vpmoe.teachers import TeacherConfig
 from vpmoe.teachers.ask import Answer, ask
 from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, Teacher, num_known_ids
-from vpmoe.teachers.codecs import Codec, CodecConfig, fitted
+from vpmoe.teachers.codecs import Codec, CodecConfig, Entries, fitted
 from vpmoe.teachers.codecs.logprob import LogprobConfig
 from vpmoe.teachers.selection import Column, Pool, SelectionConfig, select
 from vpmoe.teachers.shards import SampleTargets
@@ -35,6 +35,8 @@ Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 # Of one call to the teacher: how often progress is told. Servers name their own, larger number: at
 # the end of a call they run dry.
 _PIECE_TOKENS = 2**16
+# Packed together: on a GPU a call costs a hundred launches, on a CPU so many still fit its caches.
+_PACKED_PLACES = 2**13
 
 # Config
 
@@ -169,16 +171,33 @@ def packed(
         codec: How distributions are packed.
         device: Where they are packed; the bytes are the same everywhere, up to rounding.
     """
+    places = np.array([len(answer.logprobs) for answer in answers])
     targets = []
-    for document, answer in zip(documents, answers, strict=True):
-        codes: dict[str, np.ndarray] = {}
-        if answer.entries is not None:
-            entries = answer.entries.to(device)
-            places = torch.tensor([len(entries)], device=device)
-            columns = codec.encode(entries, places)
-            codes = {name: column.data.cpu().numpy() for name, column in columns.items()}
-        targets.append(SampleTargets(document.sample_id, document.span_ids, answer.logprobs, codes))
+    for members in _cut(range(len(documents)), places, _PACKED_PLACES):
+        codes = _codes([answers[i].entries for i in members], codec, device)
+        targets += [
+            SampleTargets(documents[i].sample_id, documents[i].span_ids, answers[i].logprobs, code)
+            for i, code in zip(members, codes, strict=True)
+        ]
     return targets
+
+
+def _codes(
+    entries: Sequence[Entries | None], codec: Codec, device: torch.device | str
+) -> list[dict[str, np.ndarray]]:
+    """The codec's columns of each document, packed in one go: no sample's bytes see another's."""
+    held = [one for one in entries if one is not None]
+    out: list[dict[str, np.ndarray]] = [{} for _ in entries]
+    if not held:
+        return out
+    parts = ([one.ids for one in held], [one.logprobs for one in held], [one.tail for one in held])
+    together = Entries(*(torch.cat(part) for part in parts)).to(device)
+    columns = codec.encode(together, torch.tensor([len(one) for one in held], device=device))
+    for name, column in columns.items():
+        ends = np.cumsum(column.sizes.cpu().numpy())
+        for codes, part in zip(out, np.split(column.data.cpu().numpy(), ends[:-1]), strict=True):
+            codes[name] = part
+    return out
 
 
 # Run
