@@ -295,8 +295,9 @@ def test_documents_packed_together_are_packed_as_alone(dataset, monkeypatch, cod
         built = built.ranked_by(label_ranking(dataset))
     documents = [dataset.conversation(index) for index in range(len(dataset))]
     answers = ask_about(dataset, TopPrefixTeacher(), built, documents)
+    monkeypatch.setattr(score, "_PACKED_PLACES", 1)
     alone = packed(documents, answers, built)
-    monkeypatch.setitem(score._PACKED_AT_ONCE, "cpu", at_once)
+    monkeypatch.setattr(score, "_PACKED_PLACES", at_once)
     together = packed(documents, answers, built)
     assert len(documents) > 2
     assert [one.sample_id for one in together] == [document.sample_id for document in documents]

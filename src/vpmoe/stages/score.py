@@ -37,9 +37,8 @@ Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 # Of one call to the teacher: how often progress is told. Servers name their own, larger number: at
 # the end of a call they run dry.
 _PIECE_TOKENS = 2**16
-# Tokens of the documents that one call of a codec packs: a GPU wants large calls, a CPU's caches
-# small ones.
-_PACKED_AT_ONCE = {"cpu": 1, "cuda": 2**14}
+# Packed together: on a GPU a call costs a hundred launches, on a CPU so many still fit its caches.
+_PACKED_PLACES = 2**13
 
 # Config
 
@@ -174,18 +173,18 @@ def packed(
         codec: How distributions are packed.
         device: Where they are packed; the bytes are the same everywhere, up to rounding.
     """
+    places = np.array([len(answer.logprobs) for answer in answers])
+    targets = []
     device = torch.device(device)
     on_gpu = device.type == "cuda"
-    stream = torch.cuda.stream(_packing_stream(device)) if on_gpu else nullcontext()
-    targets = []
-    with stream:
-        for begin, end in _groups(documents, _PACKED_AT_ONCE[device.type]):
-            together = _codes(answers[begin:end], codec, device)
+    with torch.cuda.stream(_packing_stream(device)) if on_gpu else nullcontext():
+        for members in _cut(range(len(documents)), places, _PACKED_PLACES):
+            codes = _codes([answers[i].entries for i in members], codec, device)
             targets += [
-                SampleTargets(document.sample_id, document.span_ids, answer.logprobs, codes)
-                for document, answer, codes in zip(
-                    documents[begin:end], answers[begin:end], together, strict=True
+                SampleTargets(
+                    documents[i].sample_id, documents[i].span_ids, answers[i].logprobs, code
                 )
+                for i, code in zip(members, codes, strict=True)
             ]
     return targets
 
@@ -196,37 +195,22 @@ def _packing_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _groups(documents: Sequence[Document], tokens: int) -> Iterator[tuple[int, int]]:
-    """Ranges of documents that are packed together: some so many tokens, or one document."""
-    begin, held = 0, 0
-    for index, document in enumerate(documents):
-        if held and held + len(document.tokens) > tokens:
-            yield begin, index
-            begin, held = index, 0
-        held += len(document.tokens)
-    if held:
-        yield begin, len(documents)
-
-
 def _codes(
-    answers: Sequence[Answer], codec: Codec, device: torch.device
+    entries: Sequence[Entries | None], codec: Codec, device: torch.device | str
 ) -> list[dict[str, np.ndarray]]:
-    """Each answer's columns of bytes, which do not depend on the answers beside it."""
-    found = [answer.entries for answer in answers if answer.entries is not None]
-    if not found:
-        return [{} for _ in answers]
-    entries = Entries(
-        torch.cat([one.ids for one in found]),
-        torch.cat([one.logprobs for one in found]),
-        torch.cat([one.tail for one in found]),
-    ).to(device)
-    places = torch.tensor([len(one) for one in found], device=device)
-    codes: list[dict[str, np.ndarray]] = [{} for _ in found]
-    for name, column in codec.encode(entries, places).items():
-        data, ends = column.data.cpu().numpy(), column.sizes.cumsum(0).cpu().numpy()
-        for one, part in zip(codes, np.split(data, ends[:-1]), strict=True):
-            one[name] = part
-    return codes
+    """The codec's columns of each document, packed in one go: no sample's bytes see another's."""
+    held = [one for one in entries if one is not None]
+    out: list[dict[str, np.ndarray]] = [{} for _ in entries]
+    if not held:
+        return out
+    parts = ([one.ids for one in held], [one.logprobs for one in held], [one.tail for one in held])
+    together = Entries(*(torch.cat(part) for part in parts)).to(device)
+    columns = codec.encode(together, torch.tensor([len(one) for one in held], device=device))
+    for name, column in columns.items():
+        ends = np.cumsum(column.sizes.cpu().numpy())
+        for codes, part in zip(out, np.split(column.data.cpu().numpy(), ends[:-1]), strict=True):
+            codes[name] = part
+    return out
 
 
 # Run

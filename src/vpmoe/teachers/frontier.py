@@ -163,7 +163,7 @@ def measure(
         ranking: Of the ids, for codecs that name them by rank; by their numbers if absent. Its own
             bytes, kept once in each file, are not counted.
     """
-    ranking = ranking or Ranking.by_number()
+    ranking = Ranking.by_number() if ranking is None else ranking
     fitting = [one for one in grid if _fits(reference, one[2])]
     return [_measured(reference, ranking, *one) for one in fitting]
 

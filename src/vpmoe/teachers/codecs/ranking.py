@@ -54,6 +54,10 @@ class Ranking:
         """
         return _from_bytes(data)
 
+    def __len__(self) -> int:
+        """How many ids are not in the order of their numbers."""
+        return len(self._first)
+
     def to_bytes(self) -> bytes:
         """18 bits for each of the most frequent ids."""
         starts = torch.arange(len(self._first)) * ID_BITS
