@@ -1,27 +1,32 @@
 """Stage 2 by every kind of target, on equal student tokens, judged by what it is for.
 
 python -m benchmarks.distillation demo OUT                       problems, a teacher that knows them
-python -m benchmarks.distillation synth OUT --teacher FOLDER     real rows, the whole vocabulary
+python -m benchmarks.distillation synth OUT --teacher FOLDER --input SAMPLE.parquet
+                                                                 real rows, the whole vocabulary
 
 Each method trains the same student from the same fresh weights in the same order of documents; only
 the loss and what it reads of the teacher differ. Judged on held-out documents by the exact
 KL(teacher || student) over the vocabulary, and on the demo's problems by exact match. Three seeds:
-weights, order and, for the demo, the problems themselves.
+weights, order and, for the demo, the problems themselves. Many runs share a GPU. What fails is
+tried once more with half as many beside it; results are written as they come.
 """
 
 import argparse
+import gc
 import json
 import os
+import platform
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, is_dataclass
+import traceback
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.common import REPOSITORY
+from benchmarks.distillation_judge import anchors, judge
 
 CODECS: dict[str, dict[str, Any]] = {
     "logprob": {"kind": "logprob"},
@@ -29,6 +34,8 @@ CODECS: dict[str, dict[str, Any]] = {
     "sampled": {"kind": "sampled"},
 }
 HIDDEN = "hidden"
+
+Task = tuple[str, int, str]  # score, train or anchors; seed; codec or method
 
 # name -> (what is said of it, loss, store or HIDDEN or none)
 METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -60,9 +67,9 @@ def settings_of(part: str, args: argparse.Namespace, seed: int) -> dict[str, Any
             "dtype": "bfloat16",
             "device": args.device,
         }
-        batch = {"global_batch_size": 16, "micro_batch_size": 16, "seq_len": 1024}
+        batch = {"global_batch_size": args.rows, "micro_batch_size": args.rows, "seq_len": 1024}
         optimizer = {"kind": "normuon", "embed_lr_mult": 5.0}
-        device, dtype = args.device, "float32"
+        device, dtype = args.device, "bfloat16" if args.device == "cuda" else "float32"
     return {
         "folder": folder,
         "data": folder / "data" if part == "demo" else args.out / "data",
@@ -180,7 +187,7 @@ def train(part: str, args: argparse.Namespace, seed: int, method: str) -> dict[s
     begin = time.perf_counter()
     summary = run(validate(OfflineConfig, tree, source=method))
     seconds = time.perf_counter() - begin
-    found = judge(part, args, seed, run_dir)
+    found = judge(settings, run_dir, problems=part == "demo")
     row = {
         "part": part,
         "method": method,
@@ -195,79 +202,6 @@ def train(part: str, args: argparse.Namespace, seed: int, method: str) -> dict[s
     return row
 
 
-def judge(part: str, args: argparse.Namespace, seed: int, run_dir: Path) -> dict[str, Any]:
-    """Exact held-out KL to the teacher and loss; on the demo's problems exact match as well."""
-    from vpmoe.config import validate
-    from vpmoe.data.dataset import Dataset
-    from vpmoe.evals.heldout import documents_of, heldout_loss
-    from vpmoe.teachers import LocalTeacherConfig
-    from vpmoe.train.state import load_student
-
-    settings = settings_of(part, args, seed)
-    device = torch.device(settings["device"])
-    student, _ = load_student(run_dir, device=device)
-    student.eval()
-    documents = documents_of(Dataset(settings["data"], "valid"))
-    teacher = validate(LocalTeacherConfig, settings["teacher"], source="teacher").build()
-    found = held_out_kl(student, teacher, documents)
-    loss = heldout_loss(student, documents)
-    found["heldout_loss"] = as_plain(loss.loss)
-    if part == "demo":
-        found["exact_match"] = exact_match_of(student, seed)
-    return found
-
-
-def as_plain(value: Any) -> Any:
-    """Plain values, ready for JSON."""
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-
-
-@torch.no_grad()
-def held_out_kl(student: Any, teacher: Any, documents: list[Any]) -> dict[str, Any]:
-    """KL(teacher || student) over the whole vocabulary, nats, at every trained label, float64."""
-    from vpmoe.spans import Span
-
-    device = student.embedding.weight.device
-    wide = torch.float64 if student.id_of is not None else torch.float32
-    head, own = teacher.head_weight.to(device, wide), student.head_weight.to(wide)
-    if student.id_of is not None and len(head) != len(own):
-        head = head[student.id_of]
-    total, entropy, count, mass = 0.0, 0.0, 0, 0.0
-    for document in documents:
-        tokens = torch.from_numpy(document.tokens[:-1].astype("int64")).to(device)
-        trained = torch.from_numpy((document.span_ids != Span.IGNORE).copy()).to(device)
-        trained = trained[: tokens.numel() - 1]
-        states = teacher.hidden([document.tokens[:-1]])[0].to(device, wide)[trained]
-        place = torch.arange(tokens.numel(), device=device)[None]
-        output = student(tokens[None], positions=place, document_ids=torch.zeros_like(place))
-        hidden = output.hidden[0, :-1][trained].to(wide)
-        for begin in range(0, len(states), 256):
-            t = (states[begin : begin + 256] @ head.T).log_softmax(1)
-            p = (hidden[begin : begin + 256] @ own.T).log_softmax(1)
-            total += float((t.exp() * (t - p)).sum())
-            entropy -= float((t.exp() * t).sum())
-            mass += float(t.exp().topk(min(64, t.shape[1]), dim=1).values.sum())
-            count += len(t)
-    return {
-        "kl_nats": total / count,
-        "teacher_entropy_nats": entropy / count,
-        "teacher_top64_mass": mass / count,
-        "labels": count,
-    }
-
-
-def exact_match_of(student: Any, seed: int) -> dict[str, Any]:
-    """Share of 300 held-out problems answered right, greedily."""
-    from vpmoe.config import read_tree, validate
-    from vpmoe.evals.suite import EvalConfig, evaluate, open_inputs
-
-    tree = dict(read_tree(REPOSITORY / "configs/demo/eval.toml"))
-    tree.pop("teacher"), tree.pop("data"), tree.pop("documents")
-    config = validate(EvalConfig, tree, source="eval")
-    report = evaluate(student, config, open_inputs(config))
-    return as_plain(report.exact_match)
-
-
 def take_a_gpu(turn: Any, devices: list[str]) -> None:
     """Processes share the GPUs evenly: each sees one."""
     with turn.get_lock():
@@ -275,11 +209,103 @@ def take_a_gpu(turn: Any, devices: list[str]) -> None:
         turn.value += 1
 
 
-def job(task: tuple[str, argparse.Namespace, int, str, str]) -> dict[str, Any]:
-    """One piece of work in a process of its own."""
-    kind, args, seed, name, part = task
+def job(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """One piece of work in a process of its own; what went wrong comes back in words."""
+    kind, seed, name = task
     torch.set_num_threads(1)
-    return (score if kind == "score" else train)(part, args, seed, name)
+    try:
+        if kind == "anchors":
+            return anchors(settings_of(args.part, args, seed), student_of(args.part))
+        return (score if kind == "score" else train)(args.part, args, seed, name)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other runs go on
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}"[:400]}
+    finally:
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def needs_store(task: Task) -> bool:
+    """Whether the task has to wait until the teacher's opinion is written."""
+    return task[0] == "train" and METHODS[task[2]][2] != HIDDEN
+
+
+class Results:
+    """What came out so far; the file is written anew whenever something is added."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.begin = args, time.perf_counter()
+        self.stores: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.anchors: dict[str, Any] = {}
+        self.failed: list[dict[str, Any]] = []
+
+    def add(self, task: Task, found: dict[str, Any]) -> None:
+        """Keep what a task gave."""
+        if task[0] == "anchors":
+            self.anchors = found
+        else:
+            (self.stores if task[0] == "score" else self.rows).append(found)
+        self.write()
+
+    def write(self) -> None:
+        """Settings, stores, anchors, one row per method and seed, and what failed."""
+        args = self.args
+        on_gpu = args.part == "synth" and args.device == "cuda"
+        teacher = " --teacher FOLDER" if args.part == "synth" else ""
+        about = {
+            "command": f"python -m benchmarks.distillation {args.part} OUT{teacher} --tokens "
+            f"{args.tokens} --processes {args.processes}",
+            "part": args.part,
+            "device": torch.cuda.get_device_name(0) if on_gpu else platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "tokens": args.tokens,
+            "k": args.k,
+            "seconds": round(time.perf_counter() - self.begin, 1),
+            "anchors": self.anchors,
+            "stores": self.stores,
+            "rows": sorted(self.rows, key=lambda row: list(METHODS).index(row["method"])),
+            "failed": self.failed,
+        }
+        path = args.out / f"distillation-{args.part}.json"
+        path.write_text(json.dumps(about, indent=1) + "\n")
+
+
+def perform(tasks: list[Task], results: Results, processes: int) -> list[Task]:
+    """Do the tasks side by side; the value is those that failed."""
+    args, context = results.args, get_context("spawn")
+    turn = context.Value("i", 0)
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    waiting = [task for task in tasks if needs_store(task)]
+    failed: list[Task] = []
+    with ProcessPoolExecutor(processes, context, take_a_gpu, (turn, devices)) as pool:
+        futures = {pool.submit(job, t, args): t for t in tasks if not needs_store(t)}
+        while futures or waiting:
+            if waiting and not any(task[0] == "score" for task in futures.values()):
+                try:
+                    futures |= {pool.submit(job, task, args): task for task in waiting}
+                except BrokenExecutor:  # a process died
+                    failed += waiting
+                waiting = []
+            for future in wait(futures, timeout=1, return_when=FIRST_COMPLETED).done:
+                task = futures.pop(future)
+                found = outcome(future)
+                if "failed" in found:
+                    failed.append(task)
+                    results.failed.append({"task": list(task), **found})
+                    results.write()
+                else:
+                    results.add(task, found)
+    return failed
+
+
+def outcome(future: Future[dict[str, Any]]) -> dict[str, Any]:
+    """What a task gave, or how its process ended."""
+    error = future.exception()
+    return future.result() if error is None else {"failed": repr(error)[:400]}
 
 
 def main() -> None:
@@ -287,56 +313,36 @@ def main() -> None:
     parser.add_argument("part", choices=["demo", "synth"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--teacher", type=Path, help="checkpoint of the real rows' teacher")
-    parser.add_argument("--input", default="../shared/data/synth/synth_sample.parquet")
+    parser.add_argument("--input", help="the SYNTH sample, for real rows")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--k", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--rows", type=int, default=8, help="of 1,024 tokens in a step, real rows")
+    parser.add_argument("--processes", type=int, default=0)
     args = parser.parse_args()
-    args.k = args.k or (8 if args.part == "demo" else 64)
-    begin = time.perf_counter()
+    demo = args.part == "demo"
+    if not demo and not (args.teacher and args.input):
+        parser.error("synth needs --teacher FOLDER and --input SAMPLE.parquet")
+    args.k = args.k or (8 if demo else 64)
+    args.processes = args.processes or ((os.cpu_count() or 1) if demo else 9)
+    results = Results(args)
     sources = sorted({METHODS[m][2] for m in args.methods} - {HIDDEN})
-    seeds = args.seeds if args.part == "demo" else args.seeds[:1]
+    seeds = args.seeds if demo else args.seeds[:1]  # the real rows are the same for all
     for seed in seeds:
         make_data(args.part, args, seed)
-    context = get_context("spawn")
-    turn = context.Value("i", 0)
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
-    with ProcessPoolExecutor(args.processes, context, take_a_gpu, (turn, devices)) as pool:
-        scores = [("score", args, s, c, args.part) for s in seeds for c in sources]
-        stores = list(pool.map(job, scores))
-        tasks = [("train", args, s, m, args.part) for m in args.methods for s in args.seeds]
-        rows = list(pool.map(job, tasks))
-    write(args, stores, rows, time.perf_counter() - begin)
-
-
-def write(
-    args: argparse.Namespace,
-    stores: list[dict[str, Any]],
-    rows: list[dict[str, Any]],
-    seconds: float,
-) -> None:
-    """The results file: settings, stores, one row per method and seed."""
-    import platform
-
-    on_gpu = args.part == "synth" and args.device == "cuda"
-    about = {
-        "part": args.part,
-        "device": torch.cuda.get_device_name(0) if on_gpu else platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "tokens": args.tokens,
-        "k": args.k,
-        "seconds": round(seconds, 1),
-        "stores": stores,
-        "rows": rows,
-    }
-    path = args.out / f"distillation-{args.part}.json"
-    path.write_text(json.dumps(about, indent=1) + "\n")
-    print("written", path)
+    tasks = [("score", seed, codec) for seed in seeds for codec in sources]
+    # The slowest first, which read no store; then seed by seed.
+    order = sorted(args.methods, key=lambda method: METHODS[method][2] != HIDDEN)
+    tasks += [("train", seed, method) for seed in args.seeds for method in order]
+    tasks += [] if demo else [("anchors", seeds[0], "")]
+    failed = perform(tasks, results, args.processes)
+    if failed:
+        print("once more:", failed, flush=True)
+        failed = perform(failed, results, max(1, args.processes // 2))
+    results.write()
+    print("failed:", failed, flush=True)
 
 
 if __name__ == "__main__":

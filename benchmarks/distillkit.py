@@ -106,6 +106,7 @@ def own_codecs(shape: str, teacher: Tensor) -> list[dict[str, Any]]:
 
     from vpmoe.teachers.codecs import CodecConfig
     from vpmoe.teachers.codecs.base import entries_of_top
+    from vpmoe.teachers.codecs.ranking import Ranking
 
     rows = []
     places = torch.tensor([POSITIONS])
@@ -116,6 +117,7 @@ def own_codecs(shape: str, teacher: Tensor) -> list[dict[str, Any]]:
         ("adaptive", {"kind": "adaptive"}),
     ):
         codec = TypeAdapter(CodecConfig).validate_python(tree).build()
+        codec = codec.ranked_by(Ranking.by_number())  # these teachers' ids are in no order
         top = teacher.float().topk(codec.asked, dim=1)
         columns = codec.encode(entries_of_top(top.indices, top.values), places)
         found = codec.decode({n: c.data for n, c in columns.items()}, places)

@@ -3,8 +3,11 @@
     python -m benchmarks.target_codecs --data data/tiny-real --demo-data runs/demo/data
 
 Distributions: the demo teacher's; four synthetic shapes; an interpolated n-gram model of the SYNTH
-sample over all 201,088 ids, on text that it has counted and on text that it has not. The GPU's
-rates were measured apart and are carried over from the file that is replaced.
+sample over all 201,088 ids, on text that it has counted and on text that it has not; with
+--captured, what benchmarks.codec_teacher wrote of a network. Ids are ranked by the labels of the
+train split. For each teacher `adaptive` is also set so that its error is DistillKit's. The GPU's
+rates were measured apart (benchmarks.codec_rates) and are carried over from the file that is
+replaced.
 """
 
 import argparse
@@ -21,12 +24,21 @@ from vpmoe.config import load
 from vpmoe.data.dataset import Dataset
 from vpmoe.evals.report.charts_targets import draw_frontiers
 from vpmoe.spans import Span
+from vpmoe.stages.label_ranking import label_ranking
 from vpmoe.stages.plan_targets import plan_targets
 from vpmoe.stages.score import ScoreConfig
 from vpmoe.teachers.codecs.adaptive import AdaptiveConfig
+from vpmoe.teachers.codecs.ranking import Ranking
 from vpmoe.teachers.codecs.set_coded import SetCodedConfig
 from vpmoe.teachers.codecs.top_k import TopKConfig
-from vpmoe.teachers.frontier import Point, Reference, joined, measure, reference_of
+from vpmoe.teachers.frontier import (
+    RECOMMENDED,
+    Point,
+    Reference,
+    joined,
+    measure,
+    reference_of,
+)
 from vpmoe.vocabulary import VOCAB_SIZE
 
 ALL_IDS = torch.arange(VOCAB_SIZE)
@@ -86,16 +98,73 @@ def n_gram(model: NGrams, dataset: Dataset, places: int) -> Reference:
     return joined(parts)
 
 
-def rates(reference: Reference) -> list[dict]:
+def labels_of(dataset: Dataset) -> int:
+    """How many labels of a split are trained."""
+    return sum(int((dataset.span_ids(index) != Span.IGNORE).sum()) for index in range(len(dataset)))
+
+
+def of_a_tenth(dataset: Dataset) -> Ranking:
+    """The ranking of every tenth conversation: what a prior of less knowledge costs."""
+    counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
+    for index in range(0, len(dataset), 10):
+        labels = dataset.tokens(index)[1:][dataset.span_ids(index)[:-1] != Span.IGNORE]
+        np.add.at(counts, labels, 1)
+    return Ranking.of_counts(torch.from_numpy(counts))
+
+
+def captured(path: Path) -> Reference:
+    """What benchmarks.codec_teacher kept of a network, in float64 but for the values themselves."""
+    held = {name: torch.from_numpy(value) for name, value in np.load(path).items()}
+    return Reference(
+        entropy=held["entropy"].double(),
+        squares=held["squares"].double(),
+        ids=held["top_ids"].long(),
+        logprobs=held["top_logprobs"].double(),
+        drawn_ids=held["drawn_ids"].long()[:, :50],
+        drawn_logprobs=held["drawn_logprobs"].double()[:, :50],
+        vocab=VOCAB_SIZE,
+    )
+
+
+def at_the_error_of(
+    points: list[Point], name: str, reference: Reference, ranking: Ranking
+) -> dict | None:
+    """`adaptive` with the `worth_nats` whose error is that of another codec, by bisection."""
+    other = next((point for point in points if point.name == name), None)
+    if other is None or other.kl_nats is None:
+        return None
+    low, high = 1e-4, 1.0
+    for _ in range(14):
+        worth = (low * high) ** 0.5
+        config = AdaptiveConfig(worth_nats=worth)
+        (found,) = measure(reference, [("adaptive", "", config)], ranking=ranking)
+        assert found.kl_nats is not None
+        low, high = (worth, high) if found.kl_nats <= other.kl_nats else (low, worth)
+    (found,) = measure(
+        reference, [("adaptive", "", AdaptiveConfig(worth_nats=low))], ranking=ranking
+    )
+    assert found.kl_nats is not None
+    return {
+        "worth_nats": round(low, 6), "kl_nats": round(found.kl_nats, 6),
+        "bytes_per_token": round(found.bytes_per_token, 2), "entries": round(found.entries, 2),
+        "gradient_error": round(found.gradient_error, 6), "its_kl_nats": round(other.kl_nats, 6),
+        "its_bytes_per_token": round(other.bytes_per_token, 2),
+        "its_gradient_error": round(other.gradient_error, 6),
+    }  # fmt: skip
+
+
+def rates(reference: Reference, ranking: Ranking) -> list[dict]:
     """Places a second of CPU time, one thread."""
     out = []
     for config in (
         TopKConfig(),
         SetCodedConfig(),
-        AdaptiveConfig(k=128, worth_nats=3e-3),
+        AdaptiveConfig(worth_nats=1.3e-2),
+        AdaptiveConfig(worth_nats=7.5e-3),
         AdaptiveConfig(),
+        AdaptiveConfig(worth_nats=1e-3),
     ):
-        codec = config.build()
+        codec = config.build().ranked_by(ranking)
         rows = torch.arange(800) % len(reference)
         entries = reference.top(codec.asked).select(rows)
         places = torch.tensor([800])
@@ -110,6 +179,16 @@ def rates(reference: Reference) -> list[dict]:
         out.append(
             {
                 "codec": config.model_dump(mode="json"),
+                "entries": round(
+                    float(
+                        codec.decode(
+                            {name: column.data for name, column in columns.items()}, places
+                        )
+                        .counts.float()
+                        .mean()
+                    ),
+                    1,
+                ),
                 "encoded_per_s": int(800 / best["encode"]),
                 "decoded_per_s": int(800 / best["decode"]),
             }
@@ -134,6 +213,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--demo-data", type=Path, required=True)
     parser.add_argument("--places", type=int, default=512)
+    parser.add_argument("--captured", type=Path, nargs="*", default=[], metavar="NPZ")
     args = parser.parse_args()
     torch.set_num_threads(1)
     demo = plan_targets(
@@ -142,26 +222,45 @@ def main() -> None:
     )
     panels = {"demo teacher": demo.points}
     found = {"demo teacher": summary(demo.points, demo.entropy_nats, demo.places)}
-    model = NGrams(Dataset(args.data, "train"))
+    train = Dataset(args.data, "train")
+    model, ranking = NGrams(train), label_ranking(train)
+    others = {"a tenth of the labels": of_a_tenth(train), "numbers of o200k": Ranking.by_number()}
     references = {
         "four synthetic shapes": synthetic(),
-        "n-gram model, text it has counted": n_gram(
-            model, Dataset(args.data, "train"), args.places
-        ),
+        "n-gram model, text it has counted": n_gram(model, train, args.places),
         "n-gram model, held-out text": n_gram(model, Dataset(args.data, "valid"), args.places),
+        **{f"network, {path.stem.replace('_', ' ')}": captured(path) for path in args.captured},
     }
     for name, reference in references.items():
-        panels[name] = measure(reference)
+        panels[name] = measure(reference, ranking=ranking)
         found[name] = summary(panels[name], float(reference.entropy.mean()), len(reference))
+        found[name]["adaptive_of_another_ranking"] = {
+            how: at_the_error_of(panels[name], RECOMMENDED, reference, other)
+            for how, other in others.items()
+        }
+        found[name]["adaptive_at_the_error_of"] = {
+            other: at_the_error_of(panels[name], other, reference, ranking)
+            for other in (RECOMMENDED, f"{RECOMMENDED}, normalized", "DistillKit budget")
+        }
     path = RESULTS / "target-codecs.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     result = {
         "command": "python -m benchmarks.target_codecs",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "frontiers": found,
-        "cpu_core": rates(references["n-gram model, text it has counted"]),
+        "ranking": {
+            "ids": len(ranking), "bytes_a_file": len(ranking.to_bytes()),
+            "counted_labels": int(labels_of(train)), "bytes_per_token": round(
+                len(ranking.to_bytes()) / (2**20 * labels_of(train) / train.lengths.sum()), 3
+            ),
+        },
+        "cpu_core": {
+            name: rates(references[name], ranking)
+            for name in ("n-gram model, text it has counted", "n-gram model, held-out text")
+        },
         "gpu": before.get("gpu", {}),
-    }
+        "gpu_adaptive": before.get("gpu_adaptive", {}),
+    }  # fmt: skip
     path.write_text(json.dumps(result, indent=1) + "\n")
     draw_frontiers(panels, REPOSITORY / "docs" / "target-codecs.png")
 

@@ -2,11 +2,14 @@
 
 python -m benchmarks.teacher_scoring
 python -m benchmarks.teacher_scoring --layers 4 --tokens 65536    a quick look
+python -m benchmarks.teacher_scoring --parts packing              what packing adds, alone
 
-Weights are random bfloat16 numbers drawn on the GPU; token ids are random; lengths are those of the
-conversations of a SYNTH sample, rendered and cut as for training. The peer is the plain forward of
-transformers and a log-softmax of its logits in float32, of sequences sorted by length and padded on
-the right. Its attention, and how many tokens it takes at a time, are tried out: the best counts.
+Weights are random bfloat16 numbers drawn on the GPU, the head's wide enough for distributions of
+some three nats; token ids are random; lengths are those of the conversations of a SYNTH sample,
+rendered and cut as for training. The peer is the plain forward of transformers and a log-softmax of
+its logits in float32, of sequences sorted by length and padded on the right. Its attention, and how
+many tokens it takes at a time, are tried out: the best counts. Packing reads the conversations
+themselves, through `vpmoe score`'s own path: see benchmarks/teacher_packing.py.
 """
 
 import argparse
@@ -28,23 +31,17 @@ TOP = 64
 DRAWS = 32
 PEERS = ["eager:8192", "flex_attention:8192", "flex_attention:16384"]
 FLOP_PER_TOKEN = 2 * 3_608_307_264  # GPT-OSS-20B's active weights but the input embedding
+SHARPNESS = 4.0  # of the head's weights, beside the 0.02 that transformers draws with
+PARTS = ("peer", "ours", "packing")
 GEMM_FLOPS = 796e12  # measured ceiling of a bf16 product on an H200
 
 
 def synth_lengths(sample: Path) -> list[int]:
     """Tokens of every conversation of a sample, as `vpmoe data build` writes them."""
-    from vpmoe.config import load
-    from vpmoe.data.build import DataConfig, build_dataset
-    from vpmoe.data.dataset import Dataset
+    from benchmarks.teacher_packing import conversations
 
     with tempfile.TemporaryDirectory() as folder:
-        config = load(
-            REPOSITORY / "configs" / "data" / "tiny-real.toml",
-            DataConfig,
-            [f"input={sample}", f"output={folder}/data", "seq_len=2048"],
-        )
-        build_dataset(config)
-        dataset = Dataset(Path(config.output))
+        dataset = conversations(sample, Path(folder) / "data")
         return [len(dataset.tokens(index)) for index in range(len(dataset))]
 
 
@@ -70,6 +67,8 @@ def build(layers: int) -> Any:
     with torch.device("cuda"):
         model = GptOssForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(SHARPNESS)
     return model
 
 
@@ -162,15 +161,19 @@ def peer(
     return rows
 
 
-def ours(
-    model: Any, sequences: list[np.ndarray], size: int, repetitions: int
-) -> list[dict[str, Any]]:
-    """The local teacher with fused kernels: log-probs, the likeliest ids, draws."""
+def fused(model: Any, size: int) -> Any:
+    """The model as a local teacher with fused kernels."""
     from vpmoe.teachers.base import TeacherIdentity
     from vpmoe.teachers.local import LocalTeacher
 
     identity = TeacherIdentity("random", "", "", "bfloat16", "none", "")
-    teacher = LocalTeacher(model, identity=identity, batch_tokens=size, fused=True)
+    return LocalTeacher(model, identity=identity, batch_tokens=size, fused=True)
+
+
+def ours(
+    teacher: Any, sequences: list[np.ndarray], size: int, repetitions: int
+) -> list[dict[str, Any]]:
+    """The local teacher with fused kernels: log-probs, the likeliest ids, draws."""
     tokens, rows = sum(map(len, sequences)), []
     for reads, work in {
         "log-probs": lambda: teacher.score(sequences),
@@ -184,32 +187,54 @@ def ours(
     return rows
 
 
+def pack(teacher: Any, args: argparse.Namespace, about: dict[str, Any]) -> None:
+    """What packing costs, in a file of its own."""
+    from benchmarks.teacher_packing import conversations, packing
+
+    free()
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = conversations(args.sample, Path(folder) / "data")
+        options = {"fraction": args.fraction, "repetitions": args.repetitions, "device": "cuda"}
+        rows = packing(teacher, dataset, **options)
+    write_results(args.out.with_name("teacher-packing.json"), rows, **about)
+
+
 def main() -> None:
-    """Both on the same weights and sequences; what was measured is written after each."""
+    """All on the same weights; what was measured is written after each part."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=98_304)
     parser.add_argument("--size", type=int, default=32_768)
     parser.add_argument("--peer", nargs="*", default=PEERS, help="attention:tokens at a time")
+    parser.add_argument("--fraction", type=float, default=0.2, help="of the sample, for packing")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--sample", type=Path, default=SAMPLE)
     parser.add_argument("--lengths", type=Path, help="JSON list, instead of rendering the sample")
     parser.add_argument("--out", type=Path, default=RESULTS / "teacher-scoring.json")
     args = parser.parse_args()
-    lengths = json.loads(args.lengths.read_text()) if args.lengths else synth_lengths(args.sample)
-    sequences = sequences_of(lengths, args.tokens)
-    about = {
-        "layers": args.layers,
-        "sequences": len(sequences),
-        "tokens": sum(map(len, sequences)),
-        "mean_length": round(float(np.mean(lengths)), 1),
-        "longest": max(lengths),
-    }
-    model = build(args.layers)
-    rows = peer(model, sequences, args.peer, args.repetitions)
-    write_results(args.out, rows, **about)
-    rows += ours(model, sequences, args.size, args.repetitions)
-    write_results(args.out, rows, **about)
+    model, rows = build(args.layers), []
+    about = {"layers": args.layers, "batch_tokens": args.size}
+    sequences: list[np.ndarray] = []
+    if set(args.parts) != {"packing"}:
+        given = args.lengths
+        lengths = json.loads(given.read_text()) if given else synth_lengths(args.sample)
+        sequences = sequences_of(lengths, args.tokens)
+        about |= {
+            "sequences": len(sequences),
+            "tokens": sum(map(len, sequences)),
+            "mean_length": round(float(np.mean(lengths)), 1),
+            "longest": max(lengths),
+        }
+    if "peer" in args.parts:
+        rows += peer(model, sequences, args.peer, args.repetitions)
+        write_results(args.out, rows, **about)
+    teacher = fused(model, args.size)
+    if "packing" in args.parts:
+        pack(teacher, args, {"layers": args.layers, "batch_tokens": args.size})
+    if "ours" in args.parts:
+        rows += ours(teacher, sequences, args.size, args.repetitions)
+        write_results(args.out, rows, **about)
 
 
 if __name__ == "__main__":

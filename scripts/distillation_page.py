@@ -1,7 +1,7 @@
 """The parts of docs/results.md on targets and losses, and their picture."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -52,12 +52,96 @@ def distillation_text(results: Path) -> str:
         "seeds do not order those. Bytes are those of the store's files, sample ids and checksums "
         "included, which weigh more on short documents than on real ones; states were not stored, "
         "the teacher ran beside the student.",
-        "",
-        "Not run: the same on real rows with the whole vocabulary, `python -m "
-        "benchmarks.distillation synth OUT --teacher FOLDER` with a teacher from `python -m "
-        "benchmarks.codec_teacher OUT --save FOLDER`, which needs one GPU.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_synth_lines(results)])
+
+
+def _synth_lines(results: Path) -> list[str]:
+    """The same on real rows, if it was run."""
+    found = _synth(results)
+    if found is None:
+        return [
+            "Not run: the same on real rows with the whole vocabulary, `python -m "
+            "benchmarks.distillation synth OUT --teacher FOLDER` with a teacher from `python -m "
+            "benchmarks.codec_teacher OUT --save FOLDER`, which needs one GPU."
+        ]
+    lines = [
+        *("### The same on real rows", ""),
+        _synth_said(found, results),
+        "",
+        "| method | held-out KL, nats | held-out loss, nats | bytes per label | training, s |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for method in _methods(found):
+        rows = _rows(found, method)
+        kl, loss = ([row[name] for row in rows] for name in ("kl_nats", "loss"))
+        lines.append(
+            f"| {rows[0]['what']} | {_spread(kl, 3)} | {_spread(loss, 3)} "
+            f"| {_bytes(found, method, found['anchors'].get('state_bytes', 0))} "
+            f"| {mean(row['train_s'] for row in rows):.0f} |"
+        )
+    for name, said in (("untrained", "no training"), ("unigram", "frequencies of the labels")):
+        if name in found["anchors"]:
+            row = found["anchors"][name]
+            lines.append(f"| {said} | {row['kl_nats']:.3f} | {row['loss']:.3f} | | |")
+    lines.append(f"| the teacher itself | 0 | {found['rows'][0]['teacher_loss']:.3f} | | |")
+    ranked = sorted(_methods(found), key=lambda m: mean(r["kl_nats"] for r in _rows(found, m)))
+    names = [_rows(found, method)[0]["what"] for method in ranked]
+    return [
+        *lines,
+        "",
+        f"From the lowest mean KL to the highest: {'; '.join(names)}. Several runs shared the GPU: "
+        "the seconds compare methods, they are no speed.",
+        *_failures(found),
+    ]
+
+
+def _synth_said(found: Mapping[str, Any], results: Path) -> str:
+    """What was run on real rows, and who taught."""
+    seeds, row = sorted({row["seed"] for row in found["rows"]}), found["rows"][0]
+    text = (
+        f"`{found['command']}`, {found['device']}, torch {found['torch']}. The SYNTH sample, all "
+        f"201,088 ids, the `tiny-real` student in bfloat16, {found['tokens']:,} student tokens for "
+        f"every method; K = {found['k']}; {len(seeds)} seeds of weights and order. The teacher"
+    )
+    path = results / "codec-teacher.json"
+    if path.exists():
+        about = json.loads(path.read_text(encoding="utf-8"))
+        text += (
+            f" has the GPT-OSS architecture and {about['parameters']:,} parameters; it read "
+            f"{about['best']['tokens']:,} tokens of the same train split, up to its lowest "
+            f"held-out loss (`benchmarks/codec_teacher.py`). It"
+        )
+    text += (
+        f" has a loss of {row['teacher_loss']:.3f} nats on the held-out labels and an entropy of "
+        f"{row['teacher_entropy_nats']:.3f}; its {found['k']} likeliest ids hold "
+        f"{100 * row['teacher_top64_mass']:.0f} % of its mass."
+    )
+    seen = found["anchors"].get("teacher_on_train_text")
+    if seen:
+        text += (
+            f" On text that it has read, which is what the students train on: loss "
+            f"{seen['teacher_loss']:.3f}, entropy {seen['teacher_entropy_nats']:.3f}."
+        )
+    return text
+
+
+def _failures(found: Mapping[str, Any]) -> list[str]:
+    """Runs that are missing from the table."""
+    there = {(row["seed"], row["method"]) for row in found["rows"]}
+    tries = {(t["task"][1], t["task"][2]) for t in found["failed"] if t["task"][0] == "train"}
+    missing = [f"{method} of seed {seed}" for seed, method in sorted(tries - there)]
+    return ["", f"Failed: {', '.join(missing)}."] if missing else []
+
+
+def _synth(results: Path) -> dict[str, Any] | None:
+    path = results / "distillation-synth.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _methods(found: Mapping[str, Any]) -> list[str]:
+    """Those that were run, in the tables' order."""
+    return [method for method in METHODS if _rows(found, method)]
 
 
 def _rows(found: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
@@ -65,7 +149,11 @@ def _rows(found: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {_stdev(values):.{digits}f}"
+
+
+def _stdev(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def _bytes(found: Mapping[str, Any], method: str, state_bytes: int) -> str:
@@ -133,20 +221,25 @@ def draw(results: Path, path: Path) -> None:
     """Write the picture of the experiment."""
     from vpmoe.evals.report.theme import DOTS_PER_INCH, LIGHT, drawing, name_rows, new_figure
 
-    found = json.loads((results / "distillation-demo.json").read_text(encoding="utf-8"))
+    demo = json.loads((results / "distillation-demo.json").read_text(encoding="utf-8"))
+    synth = _synth(results)
+    panels: list[tuple[str, Mapping[str, Any], Callable[[Any], float]]] = [
+        ("demo: held-out KL, nats", demo, lambda row: row["kl_nats"]),
+        ("demo: exact match, %", demo, lambda row: 100 * row["exact_match"]["total"]["share"]),
+    ]
+    if synth is not None:
+        panels.append(("real rows: held-out KL, nats", synth, lambda row: row["kl_nats"]))
+    names = [(_rows(demo, method)[0]["what"], LIGHT.ink) for method in METHODS]
     with drawing(LIGHT):
-        figure, axes = new_figure(1, 2, height=3.6)
-        measures = (
-            ("held-out KL(teacher || student), nats", lambda row: row["kl_nats"]),
-            ("exact match, %", lambda row: 100 * row["exact_match"]["total"]["share"]),
-        )
-        for ax, (title, value) in zip(axes[0], measures, strict=True):
-            names = [(_rows(found, m)[0]["what"], LIGHT.ink) for m in METHODS]
+        figure, axes = new_figure(1, len(panels), height=3.6)
+        for ax, (title, found, value) in zip(axes[0], panels, strict=True):
             name_rows(ax, names, named=ax is axes[0][0])
             for place, method in enumerate(METHODS):
                 values = [value(row) for row in _rows(found, method)]
+                if not values:
+                    continue
                 ax.errorbar(
-                    mean(values), place, xerr=stdev(values), fmt="o", color=LIGHT.color(0),
+                    mean(values), place, xerr=_stdev(values), fmt="o", color=LIGHT.color(0),
                     markersize=6, linewidth=1.6, capsize=3,
                 )  # fmt: skip
                 ax.plot(values, [place + 0.22] * len(values), "o", color=LIGHT.muted, markersize=3)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from performance_sampling import sampling
-from performance_teacher import teacher_scoring
+from performance_teacher import teacher_packing, teacher_scoring
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -328,6 +328,8 @@ def main() -> None:
     """Write the page, or compare it."""
     scoring = teacher_scoring(load("teacher-scoring"), table)
     regions = [whole_model(), kernels(), losses(), router_programs(), profile(), scoring]
+    if (RESULTS / "teacher-packing.json").exists():
+        regions.append(teacher_packing(load("teacher-packing"), table))
     regions.append(sampling(load("sampling"), table))
     page = "\n\n".join([INTRO, *regions]) + "\n"
     if "--check" in sys.argv[1:]:

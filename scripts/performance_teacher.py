@@ -5,6 +5,7 @@ from typing import Any
 
 BAR = 2.0  # times the best of transformers
 EXTRA_BAR = 15  # percent that the likeliest ids may cost
+PACKING_BAR = 5  # percent that packing may cost
 
 
 def teacher_scoring(
@@ -51,5 +52,45 @@ def teacher_scoring(
             "16,384 tokens takes 227 ms of kernels: 117 for grouped products of the experts (some "
             "670 TFLOP/s), 28 for the products around the attention, 25 for the head's; 15 for the "
             "experts' gate, 12 for the attention, 9 for reading the logits.",
+        ]
+    )
+
+
+def teacher_packing(
+    found: dict[str, Any], table: Callable[[list[str], list[list[Any]]], str]
+) -> str:
+    """`vpmoe score` with each codec beside the same teacher that packs nothing."""
+    rows = [
+        [
+            row["codec"],
+            row["bytes_per_label"],
+            row["alone_tokens_per_s"],
+            row["asked_tokens_per_s"],
+            row["packed_tokens_per_s"],
+            row["packing_costs_pct"],
+            row["stored_tokens_per_s"],
+            row.get("labels_packed_per_s"),
+        ]
+        for row in found["rows"]
+    ]
+    head = ["codec", "bytes per label", "teacher alone", "answers checked", "and packed"]
+    head += ["slower by, %", "and stored", "labels packed per s"]
+    worst = max(found["rows"], key=lambda row: row["packing_costs_pct"])
+    first = found["rows"][0]
+    return "\n\n".join(
+        [
+            "### While scores are packed",
+            f"{found['device']}, torch {found['torch']}, {found['date']}; `python -m "
+            "benchmarks.teacher_scoring --parts packing`: the same shape, "
+            f"{found['layers']} layers, {first['tokens']:,} tokens of SYNTH conversations in "
+            f"{first['pieces']} calls to the teacher, median of {first['repetitions']} in turns; "
+            "tokens/s. Checked: answers are on the CPU, tested, and cut to the trained labels. "
+            "Packed: on another thread while the teacher reads on, as `vpmoe score` does; the last "
+            "call's share is waited for. Stored: the whole stage, with what it does once, whatever "
+            "it reads: selecting, ranking ids, writing. Packed per second: alone, transfers "
+            "included.",
+            table(head, rows),
+            f"Packing costs at most {worst['packing_costs_pct']:.1f} % of the teacher's speed "
+            f"({worst['codec']}; bar {PACKING_BAR}).",
         ]
     )

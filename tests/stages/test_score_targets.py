@@ -18,7 +18,10 @@ from vpmoe.data.dataset import Dataset
 from vpmoe.data.loader import PackedLoader
 from vpmoe.errors import ConfigError, DataError, TeacherError
 from vpmoe.spans import Span
-from vpmoe.stages.score import open_targets, run, score_dataset
+from vpmoe.stages import score
+from vpmoe.stages.examine_teacher import subject_of
+from vpmoe.stages.label_ranking import label_ranking
+from vpmoe.stages.score import ask_about, open_targets, packed, run, score_dataset
 from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, TopScores
 from vpmoe.teachers.store import TargetStore
 from vpmoe.vocabulary import VOCAB_SIZE
@@ -195,7 +198,7 @@ def test_a_teacher_that_cannot_serve_the_codec_is_refused_in_words(dataset, tmp_
     assert "logprob" in refused.value.hint
 
 
-ADAPTIVE = {"kind": "adaptive", "k": 40, "worth_nats": 1e-2, "value_bits": 8}
+ADAPTIVE = {"kind": "adaptive", "k": 40, "worth_nats": 1e-2, "fine_bits": 5}
 SAMPLED = {"kind": "sampled", "draws": 20, "seed": 3}
 
 
@@ -233,4 +236,86 @@ def test_a_real_model_with_every_codec(dataset, tmp_path):
                 assert set(ids) == set(top.top_ids[label, :count].tolist())
                 if codec["kind"] != "distillkit":
                     values = [expected[i] for i in ids]
-                    np.testing.assert_allclose(found.logprobs[place, :count], values, atol=0.05)
+                    rounding = 0.15 if codec is ADAPTIVE else 0.05  # its tail is a byte
+                    np.testing.assert_allclose(found.logprobs[place, :count], values, atol=rounding)
+
+
+def test_adaptive_asks_a_teacher_for_no_more_ids_than_it_knows(dataset, tmp_path):
+    """Its default of 256 ids, and the whole vocabulary, are for a teacher that has them."""
+    known = sorted({int(t) for i in range(len(dataset)) for t in dataset.tokens(i)})[:200_000]
+    path = write_teacher(tmp_path / "teacher", known, hidden_size=16, num_hidden_layers=1)
+    few = min(len(known), 256)
+    teacher = {"kind": "local", "path": path, "dtype": "float32"}
+    config = config_for(
+        tmp_path / "out",
+        data=str(dataset.path),
+        teacher=teacher,
+        selection={"fraction": 0.03},
+        codec={"kind": "adaptive"},
+    )
+    assert subject_of(config, sequences=2).k == few
+    run(config)
+    store = open_targets(config.output, dataset)
+    assert store.header["codec"]["vocab"] == len(known) and store.header["codec"]["k"] == few
+    found = store.entries(list(store))
+    assert set(found.ids[found.logprobs > -torch.inf].tolist()) <= set(known)
+
+
+def test_ids_are_ranked_by_the_train_split(tmp_path):
+    """Both splits of a dataset share one ranking, which is that of the trained labels counted."""
+    train = build(tmp_path, valid_fraction=0.3)
+    valid = Dataset(train.path, "valid")
+    counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
+    for index in range(len(train)):
+        document = train.conversation(index)
+        for token, span in zip(document.tokens[1:], document.span_ids, strict=False):
+            counts[token] += span != Span.IGNORE
+    expected = sorted(np.flatnonzero(counts), key=lambda i: (-counts[i], i))
+    found = label_ranking(train)
+    assert found.ids(torch.device("cpu"))[: len(expected)].tolist() == expected
+    for split in (train, valid):
+        config = config_for(tmp_path / split.split, codec=ADAPTIVE, selection={"fraction": 1.0})
+        score_dataset(split, TopPrefixTeacher(), config)
+        store = open_targets(config.output, split)
+        assert store.header["ranking_sha256"] == found.sha256
+        assert store.manifest["ranking_bytes"] == len(found.to_bytes()) * len(
+            store.manifest["shards"]
+        )
+        document = split.conversation(0)
+        entries = store.entries([document.sample_id]).ranked()
+        labels = document.tokens[1:][document.span_ids[:-1] != Span.IGNORE]
+        assert entries.ids[:, 0].tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("codec", [TOP_K, SET_CODED, {"kind": "adaptive"}, {"kind": "logprob"}])
+@pytest.mark.parametrize("at_once", [300, 10**6])
+def test_documents_packed_together_are_packed_as_alone(dataset, monkeypatch, codec, at_once):
+    built = config_for(dataset, codec=codec).codec.build()
+    if built.by_rank:
+        built = built.ranked_by(label_ranking(dataset))
+    documents = [dataset.conversation(index) for index in range(len(dataset))]
+    answers = ask_about(dataset, TopPrefixTeacher(), built, documents)
+    monkeypatch.setattr(score, "_PACKED_PLACES", 1)
+    alone = packed(documents, answers, built)
+    monkeypatch.setattr(score, "_PACKED_PLACES", at_once)
+    together = packed(documents, answers, built)
+    assert len(documents) > 2
+    assert [one.sample_id for one in together] == [document.sample_id for document in documents]
+    for one, other in zip(alone, together, strict=True):
+        assert one.codes.keys() == other.codes.keys()
+        assert all(np.array_equal(one.codes[name], other.codes[name]) for name in one.codes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codec", [TOP_K, SET_CODED])
+def test_a_gpu_packs_the_same_bytes_while_it_computes(dataset, codec):
+    built = config_for(dataset, codec=codec).codec.build()
+    documents = [dataset.conversation(index) for index in range(len(dataset))]
+    answers = ask_about(dataset, TopPrefixTeacher(), built, documents)
+    busy = torch.randn(4_096, 4_096, device="cuda")
+    for _ in range(50):
+        busy = (busy @ busy).clamp(-1, 1)
+    there = packed(documents, answers, built, "cuda")
+    for one, other in zip(packed(documents, answers, built), there, strict=True):
+        assert one.codes.keys() == other.codes.keys()
+        assert all(np.array_equal(one.codes[name], other.codes[name]) for name in one.codes)

@@ -71,7 +71,7 @@ def test_a_plan_measures_the_configured_teacher(dataset, teacher, tmp_path):
 
 
 def test_a_sound_store_passes(dataset, tmp_path):
-    for codec in ({"kind": "logprob"}, TOP_K, SET_CODED):
+    for codec in ({"kind": "logprob"}, TOP_K, SET_CODED, {"kind": "adaptive"}):
         path = scored(dataset, tmp_path / codec["kind"], codec=codec)
         report = verify_targets(path, dataset.path)
         assert report.ok and report.compared, report.problems
@@ -168,6 +168,7 @@ def test_planning_from_the_command_line(dataset, teacher, tmp_path, capsys):
     words = ["targets", "plan", str(config), "--labels", "32", "--out", str(tmp_path / "r")]
     assert run([*words, "--tokens", "2e9"]) == 0
     out = capsys.readouterr().out
+    assert "names ids by how often they are labels" in out
     assert "2 B tokens read" in out and "adaptive 0.003" in out and "whole distributions" in out
     assert (tmp_path / "r" / "target-plan.png").exists()
 

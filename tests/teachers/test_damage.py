@@ -16,7 +16,9 @@ from vpmoe.config import resolved
 from vpmoe.errors import DataError
 from vpmoe.teachers.codecs import CodecConfig, Entries
 from vpmoe.teachers.codecs.adaptive import AdaptiveConfig
+from vpmoe.teachers.codecs.base import Codec
 from vpmoe.teachers.codecs.distillkit import DistillKitConfig
+from vpmoe.teachers.codecs.ranking import Ranking
 from vpmoe.teachers.codecs.sampled import SampledConfig
 from vpmoe.teachers.codecs.set_coded import SetCodedConfig
 from vpmoe.teachers.codecs.top_k import TopKConfig
@@ -34,6 +36,13 @@ CODECS = (
 )
 
 
+RANKING = Ranking(torch.arange(0, 200_000, 201).flip(0))
+
+
+def built(config: CodecConfig) -> Codec:
+    return config.build().ranked_by(RANKING)
+
+
 def said(config: CodecConfig) -> Entries:
     codec = config.build()
     sampled = codec.needs == "draws"
@@ -41,7 +50,7 @@ def said(config: CodecConfig) -> Entries:
 
 
 def write_store(path: Path, config: CodecConfig) -> None:
-    codec, entries, samples = config.build(), said(config), []
+    codec, entries, samples = built(config), said(config), []
     for number, (begin, end) in enumerate(((0, 7), (7, 12), (12, 20))):
         part = entries.select(torch.arange(begin, end))
         columns = codec.encode(part, torch.tensor([end - begin]))
@@ -50,7 +59,7 @@ def write_store(path: Path, config: CodecConfig) -> None:
         logprobs = -np.arange(end - begin) / 8
         samples.append(SampleTargets(f"s{number}", spans, logprobs, codes))
     header = {"teacher": {"name": "t"}, "codec": resolved(config)}
-    with TargetWriter(path, header) as writer:
+    with TargetWriter(path, header, ranking=RANKING if codec.by_rank else None) as writer:
         writer.write(0, samples[:2])
         writer.write(1, samples[2:])
         writer.finish(2)
@@ -119,7 +128,7 @@ def test_ten_thousand_damaged_stores(tmp_path):
 def test_bytes_of_earlier_versions_are_still_read(config):
     """Golden codes: written once by `rewrite_golden`, read for ever after."""
     stored = json.loads(GOLDEN.read_text())[config.kind]
-    codec = config.build()
+    codec = built(config)
     columns = {
         name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
         for name, text in stored["columns"].items()
@@ -140,7 +149,7 @@ def rewrite_golden() -> None:
     """python -c "from tests.teachers.test_damage import rewrite_golden as r; r()"."""
     golden = {}
     for config in CODECS:
-        codec, places = config.build(), [5, 0, 15]
+        codec, places = built(config), [5, 0, 15]
         columns = codec.encode(said(config), torch.tensor(places))
         out = codec.decode({n: c.data for n, c in columns.items()}, torch.tensor(places))
         golden[config.kind] = {

@@ -67,6 +67,16 @@ def plan(
         ]
     )
     _print_points(found, tokens)
+    print_facts(
+        [
+            (
+                "adaptive",
+                f"names ids by how often they are labels; that ranking takes "
+                f"{found.ranking_bytes:,} bytes in each file, "
+                f"{found.ranking_bytes_per_token:.2f} per token when it is full",
+            )
+        ]
+    )
     print_facts([("picture", str(picture)), ("numbers", str(numbers))])
 
 
@@ -157,7 +167,10 @@ def stats(targets: Store, as_json: Json = False) -> None:
             ("targets", f"{found['samples']:,} samples in {found['shards']} shards"),
             ("teacher", f"{teacher.get('name')}, {teacher.get('quantization')}"),
             ("codec", f"{settings['kind']} {codec}"),
-            ("bytes/token", f"{found['bytes_per_token']:.2f}, with ids and spans {on_disk:.2f}"),
+            (
+                "bytes/token",
+                f"{found['bytes_per_token']:.2f}, with ids, spans and ranking {on_disk:.2f}",
+            ),
         ]
     )
     columns = ("span", "labels", "entries", "others' mass", "mean", "5 %", "50 %", "95 %")

@@ -21,10 +21,11 @@ from vpmoe.stages.score import ScoreConfig
 from vpmoe.stages.server_checks import check_server
 from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, Teacher
 from vpmoe.teachers.checkpoint import read_vocab
+from vpmoe.teachers.codecs import fitted
 from vpmoe.teachers.doctor import examine
 from vpmoe.teachers.examination import Examination, Finding
 from vpmoe.teachers.server import ServerTeacher
-from vpmoe.vocabulary import COMPLETION_HEADER, END_OF_TEXT
+from vpmoe.vocabulary import COMPLETION_HEADER, END_OF_TEXT, VOCAB_SIZE
 
 MAX_TOKENS = 1_024  # of a conversation that is asked about
 _TOP_K = 8  # where the config does not say how many ids it will keep
@@ -73,18 +74,19 @@ def subject_of(config: Any, *, sequences: int) -> Subject:
             ]
         )
     k = _TOP_K if TARGETS in teacher.provides else 0
+    path = getattr(teacher, "path", "")
+    subset = read_vocab(Path(path)) if path else None
     if isinstance(config, ScoreConfig | OnPolicyConfig):
         dataset = Dataset(Path(config.data), getattr(config, "split", "train"))
         chosen = np.unique(np.linspace(0, len(dataset) - 1, sequences).astype(int))
         effort = None
         if isinstance(config, ScoreConfig):
-            effort, codec = config.reasoning_effort, config.codec.build()
+            num_ids = VOCAB_SIZE if subset is None else len(subset.ids)
+            effort, codec = config.reasoning_effort, fitted(config.codec, num_ids).build()
             k = codec.asked if codec.needs == "top" else 0
         documents = [dataset.conversation(int(index)) for index in chosen]
         return Subject(teacher, documents, dataset.render, effort, k)
-    path = getattr(teacher, "path", "")
-    whole = not path or read_vocab(Path(path)) is None
-    render = RenderConfig(system=whole)
+    render = RenderConfig(system=subset is None)
     return Subject(teacher, made_up(sequences, render), render, None, k)
 
 

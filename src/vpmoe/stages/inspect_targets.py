@@ -24,7 +24,6 @@ Progress = Callable[[int, int], None]  # (samples done, samples in all)
 
 _MASS_TOLERANCE = 1e-5
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_LABEL_TOLERANCE = 0.15  # nats between a label's own log-prob and its entry's: a codec rounds one
 
 
 @dataclass
@@ -132,14 +131,14 @@ def _check_labels(
     if not np.array_equal(document.span_ids, store.span_ids(sample_id)):
         report.problems.append(f"{sample_id}: other spans than the dataset's")
         return
-    if store.codec.needs != "top" or store.header["codec"]["kind"] == "distillkit":
-        return  # drawn frequencies and fitted curves are not the label's log-prob
+    if store.codec.needs != "top":
+        return  # drawn frequencies are not the label's log-prob
     labels = torch.from_numpy(np.append(document.tokens[1:], 0).astype(np.int64))
     named = (entries.ids == labels[:, None]) & (entries.logprobs > -torch.inf)
     own = torch.from_numpy(store[sample_id].astype(np.float32))[:, None].expand_as(named)[named]
     apart = (entries.logprobs[named] - own).abs() - 0.02 * own.abs()
     most = float(apart.max()) if apart.numel() else 0.0
-    if most > _LABEL_TOLERANCE:
+    if most > store.codec.rounding_nats:
         report.problems.append(f"{sample_id}: a label and its entry are {most:.3f} nats apart")
 
 
@@ -179,6 +178,7 @@ def target_stats(path: Path) -> dict[str, Any]:
         "shards": len(store.manifest["shards"]),
         "bytes_on_disk": on_disk,
         "bytes_per_token": LOGPROB_BYTES + store.manifest["code_bytes"] / labels,
+        "ranking_bytes_per_token": store.manifest.get("ranking_bytes", 0) / labels,
         "bytes_per_token_on_disk": on_disk / labels,
         "spans": spans,
     }

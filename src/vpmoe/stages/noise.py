@@ -22,6 +22,7 @@ from vpmoe.storage.manifest import provenance
 from vpmoe.teachers.base import TopTeacher
 from vpmoe.teachers.codecs import CodecConfig
 from vpmoe.teachers.codecs.base import Entries, entries_of_top
+from vpmoe.teachers.codecs.ranking import Ranking
 from vpmoe.teachers.local import LocalTeacher, LocalTeacherConfig
 
 STUDENT_DTYPES = ("float32", "bfloat16")
@@ -162,6 +163,7 @@ class _Opinions:
                 continue  # it cannot hold so few ids
             if codec.needs != "top" or codec.asked != self.k:
                 continue
+            codec = codec.ranked_by(Ranking.by_number())
             columns = codec.encode(self.entries, places)
             coded = {name: column.data for name, column in columns.items()}
             yield (

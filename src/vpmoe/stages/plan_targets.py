@@ -15,6 +15,7 @@ from vpmoe.data.effort import with_effort
 from vpmoe.errors import TeacherError
 from vpmoe.evals.report.charts_targets import draw_frontiers
 from vpmoe.spans import Span
+from vpmoe.stages.label_ranking import label_ranking
 from vpmoe.stages.score import ScoreConfig, pool_of
 from vpmoe.storage.atomic import atomic_path
 from vpmoe.teachers.base import HiddenTeacher, Teacher, TopScores, TopTeacher
@@ -42,6 +43,8 @@ class Plan:
         trained_share: Of the tokens that the teacher reads, how many become targets.
         tokens_per_s: Of the teacher, on the conversations just scored.
         entropy_nats: Mean over the places.
+        ranking_bytes: Of the ids' ranking, which `adaptive` keeps in each file.
+        shard_tokens: Tokens in one file.
         points: One for each codec.
     """
 
@@ -52,12 +55,19 @@ class Plan:
     trained_share: float
     tokens_per_s: float
     entropy_nats: float
+    ranking_bytes: int
+    shard_tokens: int
     points: list[Point]
 
     def costs(self, point: Point, num_tokens: float) -> tuple[float, float]:
         """Terabytes, and hours of the teacher, for that many tokens read."""
         terabytes = num_tokens * self.trained_share * point.bytes_per_token / 1e12
         return terabytes, num_tokens / self.tokens_per_s / 3600
+
+    @property
+    def ranking_bytes_per_token(self) -> float:
+        """What the ranking adds to a target of `adaptive`, in files that are full."""
+        return self.ranking_bytes / (self.shard_tokens * self.trained_share)
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain JSON."""
@@ -90,6 +100,7 @@ def plan_targets(config: ScoreConfig, *, places: int = 1_000) -> Plan:
         trained = trained + len(sequence) - (len(document.tokens) - 1)
         chosen.append(rng.choice(trained, min(_PER_DOCUMENT, len(trained)), replace=False))
     reference = _reference(teacher, asked, chosen)
+    ranking = label_ranking(dataset)
     trained = sum(int((d.span_ids != Span.IGNORE).sum()) for d in documents)
     return Plan(
         teacher=teacher.identity.name,
@@ -99,7 +110,9 @@ def plan_targets(config: ScoreConfig, *, places: int = 1_000) -> Plan:
         trained_share=trained / sum(len(sequence) for sequence in asked),
         tokens_per_s=_speed(teacher, asked),
         entropy_nats=float(reference.entropy.mean()),
-        points=measure(reference),
+        ranking_bytes=len(ranking.to_bytes()),
+        shard_tokens=config.shard_tokens,
+        points=measure(reference, ranking=ranking),
     )
 
 

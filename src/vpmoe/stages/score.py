@@ -4,6 +4,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -19,10 +21,11 @@ from vpmoe.data.effort import with_effort
 from vpmoe.data.harmony import RenderConfig
 from vpmoe.errors import DataError
 from vpmoe.spans import Span
+from vpmoe.stages.label_ranking import label_ranking
 from vpmoe.teachers import TeacherConfig
 from vpmoe.teachers.ask import Answer, ask
-from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, Teacher
-from vpmoe.teachers.codecs import Codec, CodecConfig
+from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, Teacher, num_known_ids
+from vpmoe.teachers.codecs import Codec, CodecConfig, Entries, fitted
 from vpmoe.teachers.codecs.logprob import LogprobConfig
 from vpmoe.teachers.selection import Column, Pool, SelectionConfig, select
 from vpmoe.teachers.shards import SampleTargets
@@ -34,6 +37,8 @@ Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 # Of one call to the teacher: how often progress is told. Servers name their own, larger number: at
 # the end of a call they run dry.
 _PIECE_TOKENS = 2**16
+# Packed together: on a GPU a call costs a hundred launches, on a CPU so many still fit its caches.
+_PACKED_PLACES = 2**13
 
 # Config
 
@@ -168,16 +173,44 @@ def packed(
         codec: How distributions are packed.
         device: Where they are packed; the bytes are the same everywhere, up to rounding.
     """
+    places = np.array([len(answer.logprobs) for answer in answers])
     targets = []
-    for document, answer in zip(documents, answers, strict=True):
-        codes: dict[str, np.ndarray] = {}
-        if answer.entries is not None:
-            entries = answer.entries.to(device)
-            places = torch.tensor([len(entries)], device=device)
-            columns = codec.encode(entries, places)
-            codes = {name: column.data.cpu().numpy() for name, column in columns.items()}
-        targets.append(SampleTargets(document.sample_id, document.span_ids, answer.logprobs, codes))
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    with torch.cuda.stream(_packing_stream(device)) if on_gpu else nullcontext():
+        for members in _cut(range(len(documents)), places, _PACKED_PLACES):
+            codes = _codes([answers[i].entries for i in members], codec, device)
+            targets += [
+                SampleTargets(
+                    documents[i].sample_id, documents[i].span_ids, answers[i].logprobs, code
+                )
+                for i, code in zip(members, codes, strict=True)
+            ]
     return targets
+
+
+@cache
+def _packing_stream(device: torch.device) -> torch.cuda.Stream:
+    """Work here waits for no forward of the teacher, and goes before it."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _codes(
+    entries: Sequence[Entries | None], codec: Codec, device: torch.device | str
+) -> list[dict[str, np.ndarray]]:
+    """The codec's columns of each document, packed in one go: no sample's bytes see another's."""
+    held = [one for one in entries if one is not None]
+    out: list[dict[str, np.ndarray]] = [{} for _ in entries]
+    if not held:
+        return out
+    parts = ([one.ids for one in held], [one.logprobs for one in held], [one.tail for one in held])
+    together = Entries(*(torch.cat(part) for part in parts)).to(device)
+    columns = codec.encode(together, torch.tensor([len(one) for one in held], device=device))
+    for name, column in columns.items():
+        ends = np.cumsum(column.sizes.cpu().numpy())
+        for codes, part in zip(out, np.split(column.data.cpu().numpy(), ends[:-1]), strict=True):
+            codes[name] = part
+    return out
 
 
 # Run
@@ -193,13 +226,19 @@ def score_dataset(
 ) -> dict[str, Any]:
     """The manifest of a store that holds what the teacher says of the selected samples.
 
-    Answers are packed while the teacher reads the next piece.
+    Answers are packed while the teacher reads the next piece. A codec that names ids by their
+    rank gets the ranking of the dataset's own labels.
     Everything but `data`, `split` and `teacher` of `config` is used; those are given as objects.
 
     Raises:
         DataError: If the store cannot be written, or belongs to other settings.
         TeacherError: If the teacher answers nonsense.
     """
+    config = config.model_copy(update={"codec": fitted(config.codec, num_known_ids(teacher))})
+    codec, ranking = config.codec.build(), None
+    if codec.by_rank:
+        ranking = label_ranking(dataset)
+        codec = codec.ranked_by(ranking)
     pool = pool_of(dataset)
     chosen = select(pool, config.selection)
     if not len(chosen):
@@ -210,11 +249,12 @@ def score_dataset(
     lengths = pool.num_tokens.astype(np.int64)
     slices = list(_cut(chosen.tolist(), lengths, config.shard_tokens))
     total, done = int(lengths[chosen].sum()), 0
-    with TargetWriter(config.output, _header(dataset, teacher, config), overwrite=overwrite) as out:
+    header = _header(dataset, teacher, config)
+    with TargetWriter(config.output, header, ranking=ranking, overwrite=overwrite) as out:
         for number, members in enumerate(slices):
             if number not in out.done:
                 targets: dict[int, SampleTargets] = {}
-                for piece, scored in _scored(dataset, teacher, config, members):
+                for piece, scored in _scored(dataset, teacher, codec, config, members):
                     targets.update(zip(piece, scored, strict=True))
                     if progress:
                         progress(done + int(lengths[list(targets)].sum()), total)
@@ -226,10 +266,14 @@ def score_dataset(
 
 
 def _scored(
-    dataset: Dataset, teacher: Teacher, config: ScoreConfig, members: Sequence[int]
+    dataset: Dataset,
+    teacher: Teacher,
+    codec: Codec,
+    config: ScoreConfig,
+    members: Sequence[int],
 ) -> Iterator[tuple[list[int], list[SampleTargets]]]:
     """Documents in pieces of similar length, so that the teacher pads little; packed on the way."""
-    codec, lengths = config.codec.build(), dataset.lengths
+    lengths = dataset.lengths
     device = getattr(config.teacher, "device", "cpu")
     ordered = sorted(members, key=lambda i: (-lengths[i], i))
     waiting: tuple[list[int], Future[list[SampleTargets]]] | None = None

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from vpmoe.errors import TeacherError
+from vpmoe.vocabulary import VOCAB_SIZE
 
 TEACHER_LOGPROBS = "teacher_logprobs"  # log-probs of a dataset's labels
 ROLLOUT_LOGPROBS = "rollout_logprobs"  # log-probs of text that a student has just sampled
@@ -150,6 +151,11 @@ class HiddenTeacher(Teacher, Protocol):
         They stay on the teacher's device, in the dtype that the network computes in.
         """
         ...
+
+
+def num_known_ids(teacher: Teacher) -> int:
+    """How many ids a teacher can name; all of o200k where it does not show its head."""
+    return len(teacher.head_weight) if isinstance(teacher, HiddenTeacher) else VOCAB_SIZE
 
 
 def require_logprobs(sequences: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> None:

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from vpmoe.teachers.codecs import CodecConfig, Entries
+from vpmoe.teachers.codecs import CodecConfig, Entries, fitted
 from vpmoe.teachers.codecs.adaptive import AdaptiveConfig
 from vpmoe.teachers.codecs.base import tail_of
 from vpmoe.teachers.codecs.distillkit import DistillKitConfig
+from vpmoe.teachers.codecs.ranking import Ranking
 from vpmoe.teachers.codecs.sampled import SampledConfig
 from vpmoe.teachers.codecs.set_coded import SetCodedConfig
 from vpmoe.teachers.codecs.top_k import TopKConfig
@@ -28,7 +29,7 @@ GRID: tuple[tuple[str, str, Any], ...] = (
     *(("set-coded", f"set-{k}", SetCodedConfig(k=k)) for k in (8, 16, 32, 64, 128, 256)),
     *(
         ("adaptive", f"adaptive {worth:g}", AdaptiveConfig(worth_nats=worth))
-        for worth in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+        for worth in (0.1, 0.03, 0.01, 0.005, 0.003, 0.001, 0.0003)
     ),
     *(
         ("DistillKit", name, DistillKitConfig.model_validate(settings))
@@ -148,10 +149,23 @@ class Point:
     packed_per_s: float
 
 
-def measure(reference: Reference, grid: Iterable[tuple[str, str, Any]] = GRID) -> list[Point]:
-    """Every codec of a grid that the teacher's vocabulary has ids enough for."""
+def measure(
+    reference: Reference,
+    grid: Iterable[tuple[str, str, Any]] = GRID,
+    *,
+    ranking: Ranking | None = None,
+) -> list[Point]:
+    """Every codec of a grid that the teacher's vocabulary has ids enough for.
+
+    Args:
+        reference: The teacher's distributions.
+        grid: Family, name and settings of each codec.
+        ranking: Of the ids, for codecs that name them by rank; by their numbers if absent. Its own
+            bytes, kept once in each file, are not counted.
+    """
+    ranking = Ranking.by_number() if ranking is None else ranking
     fitting = [one for one in grid if _fits(reference, one[2])]
-    return [_measured(reference, *one) for one in fitting]
+    return [_measured(reference, ranking, *one) for one in fitting]
 
 
 def _fits(reference: Reference, config: CodecConfig) -> bool:
@@ -159,10 +173,11 @@ def _fits(reference: Reference, config: CodecConfig) -> bool:
     return config.kind == "adaptive" or config.build().asked <= seen.shape[1]
 
 
-def _measured(reference: Reference, family: str, name: str, config: CodecConfig) -> Point:
-    if isinstance(config, AdaptiveConfig):
-        config = config.model_copy(update={"vocab": reference.vocab})
-    codec = config.build()
+def _measured(
+    reference: Reference, ranking: Ranking, family: str, name: str, config: CodecConfig
+) -> Point:
+    config = fitted(config, reference.vocab)
+    codec = config.build().ranked_by(ranking)
     drawn = codec.needs == "draws"
     entries = reference.drawn(codec.asked) if drawn else reference.top(codec.asked)  # or fewer
     places = torch.tensor([len(reference)])

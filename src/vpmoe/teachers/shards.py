@@ -16,6 +16,7 @@ from vpmoe.spans import Span
 from vpmoe.storage.atomic import TEMPORARY_SUFFIX, publish, write_error
 from vpmoe.storage.manifest import file_sha256
 from vpmoe.teachers.codecs import Codec, CodecConfig
+from vpmoe.teachers.codecs.ranking import Ranking
 
 _CODECS: TypeAdapter[Any] = TypeAdapter(CodecConfig)
 
@@ -30,6 +31,8 @@ _FIELDS = [
 ]
 _CODES = pa.large_list(pa.uint8())  # each of the codec's columns, named after it
 _PREFIX = "codes."
+_HEADER, _RANKING = b"vpmoe", b"ranking"  # the schema's metadata: JSON, and the ranking's bytes
+RANKING_SHA256 = "ranking_sha256"  # in the header, where the codec names ids by their rank
 _DIGITS = 16  # of the file's sha256, in its name
 _NAME = re.compile(rf"targets-(\d+)-[0-9a-f]{{{_DIGITS}}}\.arrow")
 _LOWEST = float(np.finfo(np.float16).min)
@@ -52,20 +55,44 @@ class SampleTargets:
     codes: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-def codec_of(header: Mapping[str, Any]) -> Codec:
+def codec_of(header: Mapping[str, Any], ranking: Ranking | None = None) -> Codec:
     """The codec that a header names; a header without one is of log-probs alone.
 
+    Args:
+        header: Of a shard or a store.
+        ranking: Of the ids, as kept beside the header; without it a codec that needs one says how
+            it was set, and packs and unpacks nothing.
+
     Raises:
-        DataError: If this version has no such codec.
+        DataError: If this version has no such codec, or the ranking is not the header's.
     """
     settings = header.get("codec", {"kind": "logprob"})
     try:
-        return _CODECS.validate_python(settings).build()
+        codec = _CODECS.validate_python(settings).build()
     except ValueError as error:
         raise DataError(
             f"targets were written with a codec that this version does not have: {settings}",
             hint="read them with the version that wrote them, or score again",
         ) from error
+    if not codec.by_rank or ranking is None:
+        return codec
+    if ranking.sha256 != header.get(RANKING_SHA256):
+        raise DataError(
+            f"targets were written with the ranking {header.get(RANKING_SHA256)} of the ids, "
+            f"and {ranking.sha256} is beside them",
+            hint="score again",
+        )
+    return codec.ranked_by(ranking)
+
+
+def _complete(header: Mapping[str, Any], ranking: Ranking | None) -> Codec:
+    """The codec as it packs and unpacks."""
+    codec = codec_of(header, ranking)
+    if codec.by_rank and ranking is None:
+        raise DataError(
+            "targets that name ids by their rank need the ranking beside them", hint="score again"
+        )
+    return codec
 
 
 def _schema(codec: Codec) -> pa.Schema:
@@ -96,7 +123,11 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def write_shard(
-    folder: Path, index: int, samples: Sequence[SampleTargets], header: Mapping[str, Any]
+    folder: Path,
+    index: int,
+    samples: Sequence[SampleTargets],
+    header: Mapping[str, Any],
+    ranking: Ranking | None = None,
 ) -> Path:
     """A new shard file: written under a temporary name, synced, named by its own hash.
 
@@ -105,11 +136,13 @@ def write_shard(
         index: Which slice of the selection it holds.
         samples: In the order of the selection.
         header: Teacher, dataset and effort; kept inside the file, so that it explains itself.
+        ranking: Of the ids, where the codec needs one; kept inside the file for the same reason.
 
     Raises:
-        DataError: If the disk is full or the folder cannot be written.
+        DataError: If the disk is full or the folder cannot be written, or the codec needs a
+            ranking that is not given.
     """
-    table = _table(samples, header)
+    table = _table(samples, header, ranking)
     temporary = folder / f"targets-{index:05d}.arrow{TEMPORARY_SUFFIX}"
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -150,7 +183,7 @@ def header_of(path: Path) -> dict[str, Any]:
     Raises:
         DataError: If it is not a target shard.
     """
-    return json.loads(_read(path).schema.metadata[b"vpmoe"])
+    return json.loads(_read(path).schema.metadata[_HEADER])
 
 
 def _read(path: Path) -> pa.Table:
@@ -159,7 +192,7 @@ def _read(path: Path) -> pa.Table:
             table = pa.ipc.open_file(source).read_all()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"cannot read target shard {path}: {error}") from error
-    if b"vpmoe" not in (table.schema.metadata or {}):
+    if _HEADER not in (table.schema.metadata or {}):
         raise DataError(f"{path} is not a target shard", hint="score again")
     return table
 
@@ -176,8 +209,11 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         table = _read(path)
-        self.header: dict[str, Any] = json.loads(table.schema.metadata[b"vpmoe"])
-        self.codec = codec_of(self.header)
+        metadata = table.schema.metadata
+        self.header: dict[str, Any] = json.loads(metadata[_HEADER])
+        self._ranking = metadata.get(_RANKING)
+        ranking = None if self._ranking is None else Ranking.from_bytes(self._ranking)
+        self.codec = _complete(self.header, ranking)
         if not table.schema.equals(_schema(self.codec), check_metadata=False):
             raise DataError(f"{path} is not a target shard of this version", hint="score again")
         columns = table.combine_chunks()
@@ -193,6 +229,11 @@ class Shard:
     def code_bytes(self) -> int:
         """Bytes of all codes, log-probs left out."""
         return sum(len(data) for _, data in self._codes.values())
+
+    @property
+    def ranking_bytes(self) -> int:
+        """Bytes of the ranking of the ids that the codec names them by."""
+        return 0 if self._ranking is None else len(self._ranking)
 
     def num_trained(self, row: int) -> int:
         """Labels of a document that the teacher was asked about."""
@@ -244,8 +285,10 @@ def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return array.offsets.to_numpy(), array.values.to_numpy()
 
 
-def _table(samples: Sequence[SampleTargets], header: Mapping[str, Any]) -> pa.Table:
-    codec = codec_of(header)
+def _table(
+    samples: Sequence[SampleTargets], header: Mapping[str, Any], ranking: Ranking | None
+) -> pa.Table:
+    codec = _complete(header, ranking)
     runs = [_runs_of(sample) for sample in samples]
     counts = [len(starts) for starts, _, _ in runs]
     lengths = [len(sample.logprobs) for sample in samples]
@@ -260,8 +303,10 @@ def _table(samples: Sequence[SampleTargets], header: Mapping[str, Any]) -> pa.Ta
         _list_array(lengths, logprobs),
         *(_code_array([sample.codes[name] for sample in samples]) for name in codec.columns),
     ]
-    text = json.dumps(header, sort_keys=True, ensure_ascii=False)
-    return pa.table(arrays, schema=_schema(codec).with_metadata({"vpmoe": text}))
+    metadata = {_HEADER: json.dumps(header, sort_keys=True, ensure_ascii=False).encode()}
+    if ranking is not None:
+        metadata[_RANKING] = ranking.to_bytes()
+    return pa.table(arrays, schema=_schema(codec).with_metadata(metadata))
 
 
 def _list_array(counts: Sequence[int], values: np.ndarray) -> pa.ListArray:

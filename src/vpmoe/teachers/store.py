@@ -22,7 +22,9 @@ from vpmoe.storage.manifest import (
     write_manifest,
 )
 from vpmoe.teachers.codecs import Entries
+from vpmoe.teachers.codecs.ranking import Ranking
 from vpmoe.teachers.shards import (
+    RANKING_SHA256,
     SampleTargets,
     Shard,
     codec_of,
@@ -49,6 +51,7 @@ class TargetWriter:
     Args:
         path: Folder of the store; made if it is not there.
         header: Teacher, dataset, tokenizer, effort and selection, as JSON.
+        ranking: Of the ids, where the codec names them by rank; its hash joins the header.
         overwrite: Start anew over a store with another header.
 
     Raises:
@@ -56,9 +59,17 @@ class TargetWriter:
             is damaged.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        self.path = Path(path)
-        self.header = json.loads(json.dumps(header))
+    def __init__(
+        self,
+        path: Path,
+        header: Mapping[str, Any],
+        *,
+        ranking: Ranking | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.path, self._ranking = Path(path), ranking
+        named = {} if ranking is None else {RANKING_SHA256: ranking.sha256}
+        self.header = json.loads(json.dumps({**header, **named}))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / _LOCK_NAME).open("w")
@@ -117,7 +128,8 @@ class TargetWriter:
         Raises:
             DataError: If it cannot be written.
         """
-        self._digests[index] = require_whole(write_shard(self.path, index, samples, self.header))
+        path = write_shard(self.path, index, samples, self.header, self._ranking)
+        self._digests[index] = require_whole(path)
 
     def finish(self, num_shards: int) -> dict[str, Any]:
         """The manifest of the store, which makes it one that can be read.
@@ -136,6 +148,7 @@ class TargetWriter:
             "samples": sum(len(shard.sample_ids) for shard in shards),
             "labels": sum(len(shard.values) for shard in shards),
             "code_bytes": sum(shard.code_bytes for shard in shards),
+            "ranking_bytes": sum(shard.ranking_bytes for shard in shards),
             "teacher_logprobs": _statistics(shards),
             "shards": [
                 {
@@ -217,8 +230,9 @@ class TargetStore(Mapping[str, np.ndarray]):
         self.path = Path(path)
         self.manifest = read_store_manifest(self.path)
         self.header: dict[str, Any] = self.manifest["header"]
-        self.codec = codec_of(self.header)
         self._shards = [self._open(entry) for entry in self.manifest["shards"]]
+        # Those of all shards are equal: their headers are, the ranking's hash among them.
+        self.codec = self._shards[0].codec if self._shards else codec_of(self.header)
         self._rows: dict[str, tuple[Shard, int]] = {}
         for shard in self._shards:
             self._rows.update((name, (shard, row)) for row, name in enumerate(shard.sample_ids))

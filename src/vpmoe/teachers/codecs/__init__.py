@@ -17,3 +17,8 @@ CodecConfig = Annotated[
     LogprobConfig | TopKConfig | SetCodedConfig | AdaptiveConfig | SampledConfig | DistillKitConfig,
     Field(discriminator="kind"),
 ]
+
+
+def fitted(config: CodecConfig, num_ids: int) -> CodecConfig:
+    """A codec's settings for a teacher that knows so many ids: nothing is left open."""
+    return config.of_teacher(num_ids) if isinstance(config, AdaptiveConfig) else config

@@ -1,33 +1,58 @@
 """Few entries where the teacher is sure, many where it is not."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Int64, UInt8
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from vpmoe.config import Config
-from vpmoe.teachers.codecs.base import Codec, Column, Entries, Needs, damaged, require_size
-from vpmoe.teachers.codecs.set_coded import COLUMNS, pack, unpack
+from vpmoe.teachers.codecs.base import (
+    Codec,
+    Column,
+    Entries,
+    Needs,
+    damaged,
+    require_size,
+)
+from vpmoe.teachers.codecs.levels import (
+    FINE,
+    LEVELS,
+    decode_levels,
+    encode_levels,
+    heights,
+    odds_code,
+    odds_of_code,
+)
+from vpmoe.teachers.codecs.ragged import Ragged
+from vpmoe.teachers.codecs.ranked_sets import HIGH, LOW, decode_ranks, encode_ranks
+from vpmoe.teachers.codecs.ranking import Ranking
+from vpmoe.teachers.codecs.worth import kept
 from vpmoe.vocabulary import VOCAB_SIZE
 
 
 class AdaptiveConfig(Config):
-    """The likeliest ids up to a share of the mass, as far as each is worth its bytes."""
+    """The likeliest ids as far as each is worth its bytes; frequent ids take fewer."""
 
     kind: Literal["adaptive"] = "adaptive"
     k: int = Field(default=256, ge=1, le=256)
-    """The most ids at a place."""
+    """The most ids at a place; a teacher that knows fewer is asked for all that it knows."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Ids are kept until they hold this share of the mass; 1 leaves the choice to their worth."""
-    worth_nats: float = Field(default=1e-3, ge=0)
+    worth_nats: float = Field(default=5e-3, ge=0)
     """An id is kept while naming it lowers the KL by this much at least."""
-    vocab: int = Field(default=VOCAB_SIZE, ge=2, le=VOCAB_SIZE)
-    """How many ids the teacher knows: the mass of the others is spread over them."""
-    value_bits: int = Field(default=6, ge=3, le=12)
-    """Of each log-prob."""
+    vocab: int | None = Field(default=None, ge=2, le=VOCAB_SIZE)
+    """Ids that the rest of the teacher's mass is spread over; absent = over all it knows."""
+    fine_bits: int = Field(default=0, ge=0, le=6)
+    """Of each log-prob, beyond the two or three that it takes anyway; each halves its error."""
+
+    def of_teacher(self, num_ids: int) -> Self:
+        """The same, its sizes no longer open: for a teacher that knows so many ids."""
+        vocab = num_ids if self.vocab is None else self.vocab
+        return self.model_copy(update={"vocab": vocab, "k": min(self.k, num_ids)})
 
     def build(self) -> "Adaptive":
         """The codec."""
@@ -35,66 +60,91 @@ class AdaptiveConfig(Config):
 
 
 class Adaptive(Codec):
-    """See `AdaptiveConfig`; each place is a set-coded one of its own size.
+    """See `AdaptiveConfig`; each place is a set of its own size.
+
+    Ids come back in the order of their ranks: which is likelier, the values say.
 
     Args:
         config: When a place has enough ids, how fine the values.
+        ranking: Of the ids, by how often they are expected; `ranked_by` gives another one.
 
     References:
         own; top-p is Holtzman et al., "The Curious Case of Neural Text Degeneration" (ICLR 2020),
-        arXiv:1904.09751. Difference: what is cut off stays as the mass of the tail.
+        arXiv:1904.09751. Difference: what is cut off stays as the mass of the tail. The set of ids
+        is written by `encode_ranks`, the values by `encode_levels`.
     """
 
     needs: Needs = "top"
-    columns = ("counts", *COLUMNS)
+    columns = ("counts", "tail", LOW, HIGH, LEVELS, FINE)
+    by_rank = True
 
-    def __init__(self, config: AdaptiveConfig) -> None:
-        self.asked = self.max_entries = config.k
-        self._config = config
+    def __init__(self, config: AdaptiveConfig, ranking: Ranking | None = None) -> None:
+        self._config, self._ranking = config, ranking
+        self._vocab = VOCAB_SIZE if config.vocab is None else config.vocab
+        self.asked = self.max_entries = min(config.k, self._vocab)
+        # Half a step of the least entries, as much again where all entries together are off by it,
+        # and what the byte of the tail rounds.
+        self.rounding_nats = 2.0**-config.fine_bits + 0.15
+
+    def ranked_by(self, ranking: Ranking) -> "Adaptive":
+        """The same codec for ids of this ranking."""
+        return Adaptive(self._config, ranking)
+
+    @property
+    def ranking(self) -> Ranking:
+        """Of the ids.
+
+        Raises:
+            DataError: If none was given: without it the bytes name other ids.
+        """
+        if self._ranking is None:
+            raise damaged("the ranking of the ids is not there")
+        return self._ranking
 
     def encode(self, entries: Entries, places: Int64[Tensor, " samples"]) -> dict[str, Column]:
         """As many of the entries as `kept` says."""
         config = self._config
-        counts = kept(entries, top_p=config.top_p, worth_nats=config.worth_nats, vocab=config.vocab)
+        counts, left = kept(
+            entries, top_p=config.top_p, worth_nats=config.worth_nats, vocab=self._vocab
+        )
+        shape = Ragged(counts, places)
+        spots = shape.spots(entries.ids.shape[1])
+        ranks = self.ranking.ranks(counts.device).index_select(
+            0, entries.ids.reshape(-1).index_select(0, spots)
+        )
+        keys, order = (shape.place * VOCAB_SIZE + ranks).sort()
+        height = heights(entries.logprobs.reshape(-1).index_select(0, spots), shape)
         return {
             "counts": Column((counts - 1).to(torch.uint8), places),
-            **pack(entries, counts, places, bits=self._config.value_bits),
+            "tail": Column(odds_code(left), places),
+            **encode_ranks(keys - shape.place * VOCAB_SIZE, shape),
+            **encode_levels(height.index_select(0, order), shape, fine_bits=config.fine_bits),
         }
 
     def decode(
         self, columns: Mapping[str, UInt8[Tensor, " bytes"]], places: Int64[Tensor, " samples"]
     ) -> Entries:
-        """The entries of all places, ids ascending, as wide as the fullest place."""
-        require_size("counts", len(columns["counts"]), int(places.sum()))
+        """The entries of all places, as wide as the fullest place.
+
+        The entries and the tail add up to one: what the values round has no effect of first order
+        on a KL.
+        """
+        for name in ("counts", "tail"):
+            require_size(name, len(columns[name]), int(places.sum()))
         counts = columns["counts"].long() + 1
         width = int(counts.max()) if len(counts) else 0
         if width > self.max_entries:
             raise damaged(f"{width} ids at a place, where {self.max_entries} is the most")
-        return unpack(columns, counts, places, bits=self._config.value_bits, width=width)
-
-
-def kept(
-    entries: Entries, *, top_p: float, worth_nats: float, vocab: int = VOCAB_SIZE
-) -> Int64[Tensor, " places"]:
-    """How many of a place's entries, likeliest first, are worth their bytes; one at least.
-
-    A mass r spread over m other ids costs a cross-entropy of r ln(m / r). Naming one of them, of
-    probability t, leaves r' = r - t over m' = m - 1 ids and costs t ln(1 / t) itself, so that the
-    KL falls by r ln(m / r) - r' ln(m' / r') - t ln(1 / t). Ids are kept up to the last one for
-    which this reaches `worth_nats`.
-
-    References:
-        own.
-    """
-    used = entries.logprobs > -torch.inf
-    mass = entries.logprobs.double().exp().where(used, 0.0)
-    # What is left after n entries, summed from the small end: nothing is lost near zero.
-    after = entries.tail.double().exp()[:, None] + mass.flip(1).cumsum(1).flip(1)
-    left = torch.cat([after, entries.tail.double().exp()[:, None]], dim=1)
-    others = (vocab - torch.arange(left.shape[1], device=left.device)).clamp_min(1)
-    spread = left * (others / left.clamp_min(1e-300)).log()
-    gain = spread[:, :-1] - spread[:, 1:] + mass * entries.logprobs.double().where(used, 0.0)
-    place = torch.arange(1, mass.shape[1] + 1, device=mass.device)
-    worth = (place * (used & (gain >= worth_nats))).amax(1)
-    enough = (1.0 - left[:, 1:] < top_p).sum(1) + 1
-    return torch.minimum(worth, enough).clamp(1, mass.shape[1])
+        shape = Ragged(counts, places)
+        ranks = decode_ranks(columns[LOW], columns[HIGH], shape)
+        height = decode_levels(
+            columns[LEVELS], columns[FINE], shape, fine_bits=self._config.fine_bits
+        )
+        odds = odds_of_code(columns["tail"])
+        ids = torch.zeros(len(counts), width, dtype=torch.int64, device=counts.device)
+        values = torch.full((len(counts), width), -torch.inf, device=counts.device)
+        spots = shape.spots(width)
+        ids.view(-1).scatter_(0, spots, self.ranking.ids(counts.device).index_select(0, ranks))
+        values.view(-1).scatter_(0, spots, height)
+        norm = logsigmoid(-odds) - values.logsumexp(1)
+        return Entries(ids, values + norm[:, None], logsigmoid(odds))

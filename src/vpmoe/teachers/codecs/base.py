@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from vpmoe.errors import DataError
 from vpmoe.vocabulary import VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from vpmoe.teachers.codecs.ranking import Ranking
 
 Needs = Literal["logprobs", "top", "draws"]
 
@@ -77,6 +80,8 @@ class Codec(Protocol):
         seed: Decides the draws.
         max_entries: The most entries that a place can have once unpacked.
         columns: Names of its columns of bytes.
+        rounding_nats: How far a log-prob that comes back may lie from the teacher's.
+        by_rank: Whether the bytes name ids by their rank, so that a store keeps the `Ranking`.
     """
 
     needs: Needs
@@ -84,6 +89,13 @@ class Codec(Protocol):
     seed: int = 0
     max_entries: int
     columns: tuple[str, ...]
+    rounding_nats: float = 0.15
+    by_rank: bool = False
+
+    def ranked_by(self, ranking: "Ranking") -> "Codec":
+        """The same codec for ids of this ranking; itself where the bytes do not depend on one."""
+        del ranking
+        return self
 
     def encode(self, entries: Entries, places: Int64[Tensor, " samples"]) -> dict[str, Column]:
         """The bytes of every sample, which do not depend on the samples beside it.

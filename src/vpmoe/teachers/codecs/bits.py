@@ -63,7 +63,7 @@ def get(
     """
     wide = torch.nn.functional.pad(data, (0, 4)).long()
     words = (wide[:-3] << 24) | (wide[1:-2] << 16) | (wide[2:-1] << 8) | wide[3:]
-    found = words[starts >> 3] >> (32 - (starts & 7) - widths)
+    found = words.index_select(0, starts >> 3) >> (32 - (starts & 7) - widths)
     return found & ((1 << torch.as_tensor(widths, device=data.device)) - 1)
 
 

@@ -1,5 +1,6 @@
 """Columns that Arcee's DistillKit has captured: a polynomial for the tail, ids in full."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Literal, Self
@@ -98,6 +99,7 @@ class DistillKit(Codec):
 
     needs: Needs = "top"
     columns = (VALUES, IDS)
+    rounding_nats = math.inf  # of a fitted curve
 
     def __init__(self, config: DistillKitConfig) -> None:
         self._config = config

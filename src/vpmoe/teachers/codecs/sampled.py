@@ -11,7 +11,8 @@ from torch import Tensor
 from vpmoe.config import Config
 from vpmoe.teachers.codecs.base import Codec, Column, Entries, Needs, damaged, require_size
 from vpmoe.teachers.codecs.bits import get, put
-from vpmoe.teachers.codecs.set_coded import number_starts, used_entries
+from vpmoe.teachers.codecs.ragged import used_entries
+from vpmoe.teachers.codecs.set_coded import number_starts
 from vpmoe.teachers.codecs.sets import HIGH, LOW, decode_sets, encode_sets
 from vpmoe.vocabulary import VOCAB_SIZE
 

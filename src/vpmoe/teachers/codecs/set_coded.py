@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from pydantic import Field
 from torch import Tensor
 
 from vpmoe.config import Config
 from vpmoe.teachers.codecs.base import Codec, Column, Entries, Needs, damaged, require_size
 from vpmoe.teachers.codecs.bits import get, layout, put
+from vpmoe.teachers.codecs.ragged import used_entries
 from vpmoe.teachers.codecs.sets import HIGH, LOW, decode_sets, encode_sets
 from vpmoe.teachers.codecs.values import companded, depths, expanded, from_bytes, to_bytes
 from vpmoe.vocabulary import VOCAB_SIZE
@@ -114,11 +115,6 @@ def unpack(
     ids[used] = flat
     codes[used] = _unpack_values(columns["values"], counts, places, bits)
     return Entries(ids, expanded(codes, deepest, tail, used, bits), tail)
-
-
-def used_entries(counts: Tensor, width: int) -> Bool[Tensor, "places entries"]:
-    """True at the first `counts` of `width` entries."""
-    return torch.arange(width, device=counts.device) < counts[:, None]
 
 
 def _sums(numbers: Int64[Tensor, " places"], places: Int64[Tensor, " samples"]) -> Tensor:

@@ -1,0 +1,47 @@
+"""A teacher's distributions at some places, kept in a file: what a measurement of codecs needs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vpmoe.teachers.frontier import Reference, joined, reference_of
+
+KEPT = 1_024  # likeliest ids of each place: as many as the widest codec may name
+ROWS = 32  # whole float64 distributions at a time
+
+
+def recorded(hidden: Tensor, head: Tensor) -> Reference:
+    """Whole distributions over all ids, from final states, on the device of these.
+
+    Args:
+        hidden: One row for each place.
+        head: Output embedding, one row for each id of the vocabulary.
+    """
+    ids, parts = torch.arange(len(head), device=head.device), []
+    for rows in hidden.split(ROWS):
+        logprobs = (rows.float() @ head.float().T).double().log_softmax(1)
+        values, columns = logprobs.topk(min(KEPT, len(head)), dim=1)
+        whole = replace(reference_of(logprobs, ids), ids=ids[columns], logprobs=values)
+        parts.append(_on_cpu(whole))
+    return joined(parts)
+
+
+def _on_cpu(reference: Reference) -> Reference:
+    tensors = {k: v.cpu() for k, v in vars(reference).items() if isinstance(v, Tensor)}
+    return replace(reference, **tensors)
+
+
+def save(path: Path, reference: Reference) -> None:
+    """In a file that `python -m benchmarks.target_codecs --captured` reads."""
+    np.savez_compressed(
+        path,
+        entropy=reference.entropy.numpy(),
+        squares=reference.squares.numpy(),
+        top_ids=reference.ids.int().numpy(),
+        top_logprobs=reference.logprobs.float().numpy(),
+        drawn_ids=reference.drawn_ids.int().numpy(),
+        drawn_logprobs=reference.drawn_logprobs.float().numpy(),
+    )

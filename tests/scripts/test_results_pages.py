@@ -1,0 +1,87 @@
+"""Pages from files of results that are there only after a run on a GPU."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import distillation_page
+from performance import REPOSITORY, table
+from performance_teacher import teacher_packing
+
+KL = {"cross_entropy": 2.0, "confidence": 1.75, "renormalized": 1.5, "bucket": 1.0}
+KL |= {"sampled": 1.25, "exact": 0.75}
+
+
+def row(method: str, seed: int) -> dict:
+    return {
+        "method": method, "what": f"by {method}", "seed": seed, "train_s": 20.0 + seed,
+        "kl_nats": KL[method] + 0.125 * seed, "loss": 6.0 + KL[method], "teacher_loss": 5.25,
+        "teacher_entropy_nats": 4.5, "teacher_top64_mass": 0.625,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    shutil.copy(REPOSITORY / "benchmarks" / "results" / "distillation-demo.json", folder)
+    rows = [row(m, seed) for m in KL for seed in (0, 1) if (m, seed) != ("sampled", 1)]
+    found = {
+        "command": "a command", "device": "a GPU", "torch": "2", "tokens": 1_500_000, "k": 64,
+        "stores": [{"codec": c, "bytes_per_label": b} for c, b in
+                   (("logprob", 2.5), ("top", 178.5), ("sampled", 60.25))],
+        "anchors": {
+            "unigram": {"kl_nats": 3.5, "loss": 8.25}, "untrained": {"kl_nats": 7.5, "loss": 12.25},
+            "teacher_on_train_text": {"teacher_loss": 3.25, "teacher_entropy_nats": 3.125},
+            "state_bytes": 1_024,
+        },
+        "rows": rows,
+        "failed": [
+            {"task": ["train", 1, "sampled"], "failed": "died"},
+            {"task": ["train", 0, "exact"], "failed": "out of memory, but not the second time"},
+        ],
+    }  # fmt: skip
+    (folder / "distillation-synth.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_real_rows_have_a_table_beside_anchors(results):
+    text = distillation_page.distillation_text(results)
+    assert "| by bucket | 1.062 ± 0.088 | 7.000 ± 0.000 | 178.5 | 20 |" in text
+    assert "| by exact | 0.812 ± 0.088 | 6.750 ± 0.000 | (1024 if stored) | 20 |" in text
+    assert "| no training | 7.500 | 12.250 | | |" in text
+    assert "| frequencies of the labels | 3.500 | 8.250 | | |" in text
+    assert "| the teacher itself | 0 | 5.250 | | |" in text
+    assert "loss 3.250, entropy 3.125" in text and "hold 62 % of its mass" in text
+    assert "by exact; by bucket; by sampled; by renormalized; by confidence; by cross_entr" in text
+    assert "Not run" not in text
+
+
+def test_runs_that_failed_for_good_are_named(results):
+    lines = distillation_page.distillation_text(results).splitlines()
+    assert lines[-1] == "Failed: sampled of seed 1."
+
+
+def test_the_picture_has_a_panel_for_each_experiment(results, tmp_path):
+    distillation_page.draw(results, tmp_path / "three.png")
+    (results / "distillation-synth.json").unlink()
+    distillation_page.draw(results, tmp_path / "two.png")
+    assert (tmp_path / "three.png").read_bytes() != (tmp_path / "two.png").read_bytes()
+    assert "Not run" in distillation_page.distillation_text(results)
+
+
+def test_packing_names_the_dearest_codec():
+    plain = {
+        "codec": "logprob", "tokens": 1_000, "pieces": 2, "repetitions": 3, "bytes_per_label": 2.5,
+        "alone_tokens_per_s": 1_000, "asked_tokens_per_s": 990, "packed_tokens_per_s": 980,
+        "stored_tokens_per_s": 970, "packing_costs_pct": 1.0,
+    }  # fmt: skip
+    dear = {"codec": "adaptive", "packing_costs_pct": 3.25, "labels_packed_per_s": 50_000}
+    found = {"device": "a GPU", "torch": "2", "date": "today", "layers": 24}
+    text = teacher_packing({**found, "rows": [plain, plain | dear]}, table)
+    assert "at most 3.2 % of the teacher's speed (adaptive; bar 5)" in text
+    assert "| logprob | 2.5 | 1,000 | 990 | 980 | 1 | 970 | - |" in text
