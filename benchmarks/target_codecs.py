@@ -45,8 +45,13 @@ ALL_IDS = torch.arange(VOCAB_SIZE)
 ORDER = 4
 
 
-def synthetic() -> Reference:
-    """Power laws 1.3 and 2, a confident shape, and a choice between two."""
+def synthetic(counts: torch.Tensor | None = None) -> Reference:
+    """Power laws 1.3 and 2, a confident shape, and a choice between two.
+
+    Args:
+        counts: Of the labels: the ids of each place are drawn by them, the likeliest first; if
+            absent, every order of the ids is as good as another.
+    """
     rank = torch.arange(1, VOCAB_SIZE + 1, dtype=torch.float64)
     tail = rank**-1.5
     shapes = [rank**-1.3, rank**-2.0]
@@ -57,7 +62,14 @@ def synthetic() -> Reference:
     rows = []
     for shape in shapes:
         for _ in range(8):
-            rows.append((shape / shape.sum()).log()[torch.randperm(VOCAB_SIZE, generator=rng)])
+            logprobs = (shape / shape.sum()).log()
+            if counts is None:
+                rows.append(logprobs[torch.randperm(VOCAB_SIZE, generator=rng)])
+                continue
+            chances = torch.rand(VOCAB_SIZE, generator=rng, dtype=torch.float64)
+            keys = (counts + 0.1).log() - (-chances.log()).log()  # Gumbel: drawn one by one
+            order = keys.argsort(descending=True)
+            rows.append(torch.empty_like(logprobs).scatter_(0, order, logprobs))
     return reference_of(torch.stack(rows), ALL_IDS)
 
 
@@ -98,18 +110,13 @@ def n_gram(model: NGrams, dataset: Dataset, places: int) -> Reference:
     return joined(parts)
 
 
-def labels_of(dataset: Dataset) -> int:
-    """How many labels of a split are trained."""
-    return sum(int((dataset.span_ids(index) != Span.IGNORE).sum()) for index in range(len(dataset)))
-
-
-def of_a_tenth(dataset: Dataset) -> Ranking:
-    """The ranking of every tenth conversation: what a prior of less knowledge costs."""
+def label_counts(dataset: Dataset, *, step: int = 1) -> torch.Tensor:
+    """How often each id is a trained label of every `step`-th conversation."""
     counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
-    for index in range(0, len(dataset), 10):
+    for index in range(0, len(dataset), step):
         labels = dataset.tokens(index)[1:][dataset.span_ids(index)[:-1] != Span.IGNORE]
         np.add.at(counts, labels, 1)
-    return Ranking.of_counts(torch.from_numpy(counts))
+    return torch.from_numpy(counts)
 
 
 def captured(path: Path) -> Reference:
@@ -224,9 +231,14 @@ def main() -> None:
     found = {"demo teacher": summary(demo.points, demo.entropy_nats, demo.places)}
     train = Dataset(args.data, "train")
     model, ranking = NGrams(train), label_ranking(train)
-    others = {"a tenth of the labels": of_a_tenth(train), "numbers of o200k": Ranking.by_number()}
+    others = {
+        "a tenth of the labels": Ranking.of_counts(label_counts(train, step=10)),
+        "numbers of o200k": Ranking.by_number(),
+    }
+    counts = label_counts(train)
     references = {
         "four synthetic shapes": synthetic(),
+        "the same, ids as frequent as labels": synthetic(counts),
         "n-gram model, text it has counted": n_gram(model, train, args.places),
         "n-gram model, held-out text": n_gram(model, Dataset(args.data, "valid"), args.places),
         **{f"network, {path.stem.replace('_', ' ')}": captured(path) for path in args.captured},
@@ -250,8 +262,8 @@ def main() -> None:
         "frontiers": found,
         "ranking": {
             "ids": len(ranking), "bytes_a_file": len(ranking.to_bytes()),
-            "counted_labels": int(labels_of(train)), "bytes_per_token": round(
-                len(ranking.to_bytes()) / (2**20 * labels_of(train) / train.lengths.sum()), 3
+            "counted_labels": int(counts.sum()), "bytes_per_token": round(
+                len(ranking.to_bytes()) / (2**20 * int(counts.sum()) / int(train.lengths.sum())), 3
             ),
         },
         "cpu_core": {

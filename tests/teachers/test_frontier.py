@@ -5,6 +5,7 @@ import torch
 
 from tests.teachers.codecs.made import distributions, through
 from vpmoe.teachers.codecs import Entries
+from vpmoe.teachers.codecs.ranking import MOST, Ranking
 from vpmoe.teachers.codecs.set_coded import SetCodedConfig
 from vpmoe.teachers.frontier import GRID, joined, kl, measure, reference_of, squared_error
 from vpmoe.vocabulary import VOCAB_SIZE
@@ -57,6 +58,24 @@ def test_the_bars_hold_on_power_laws():
     assert points["adaptive 0.001"].kl_nats <= points["DistillKit"].kl_nats
     assert points["adaptive 0.001"].bytes_per_token < points["DistillKit"].bytes_per_token / 2
     assert points["sampled, 50 draws"].unbiased and points["sampled, 50 draws"].kl_nats is None
+
+
+def test_two_fifths_of_distillkits_bytes_where_ids_are_as_frequent_as_words():
+    """At no more than its error; power laws whose ids are drawn by Zipf's law, one by one."""
+    rng = torch.Generator().manual_seed(1)
+    ids = torch.randperm(VOCAB_SIZE, generator=rng)
+    rank = torch.arange(1, VOCAB_SIZE + 1).double()
+    rows = []
+    for exponent in torch.linspace(1.3, 3.0, 12):
+        chances = torch.rand(VOCAB_SIZE, generator=rng, dtype=torch.float64)
+        order = ids[(-rank.log() - (-chances.log()).log()).argsort(descending=True)]
+        shape = (-exponent * rank.log()).log_softmax(0)
+        rows.append(torch.empty_like(shape).scatter_(0, order, shape))
+    reference = reference_of(torch.stack(rows), torch.arange(VOCAB_SIZE))
+    points = measure(reference, ranking=Ranking(ids[:MOST]))
+    (theirs,) = [point for point in points if point.name == "DistillKit"]
+    ours = [p for p in points if p.family == "adaptive" and p.kl_nats <= theirs.kl_nats]
+    assert min(p.bytes_per_token for p in ours) < 0.4 * theirs.bytes_per_token
 
 
 def test_a_teacher_of_few_ids_is_measured_with_what_it_has():

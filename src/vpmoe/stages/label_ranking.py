@@ -8,7 +8,7 @@ from vpmoe.spans import Span
 from vpmoe.teachers.codecs.ranking import Ranking
 from vpmoe.vocabulary import VOCAB_SIZE
 
-# Some ten labels of each id are enough to order it; so many are counted in seconds.
+# Even 59 k labels rank ids well, see docs/targets.md; so many are counted in seconds.
 _COUNTED_TOKENS = 2**24
 _AT_ONCE = 2**20
 
