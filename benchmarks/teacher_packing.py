@@ -1,9 +1,9 @@
 """What packing costs a teacher: `vpmoe score` as it is, beside the same teacher that packs nothing.
 
-Each codec is measured four ways on the same documents, in turns: the teacher alone, in the pieces
-that `vpmoe score` gives it; its answers checked and cut to the trained labels; these packed on
-another thread while the next piece is read, as the stage does; and the whole stage, which also
-selects, ranks ids, and writes the store, once for all that it reads.
+Each codec is measured three ways on the same documents, in turns: the teacher alone, in the pieces
+that `vpmoe score` gives it; its answers checked and packed on another thread while the next piece
+is read, as the stage does; and the whole stage, which also selects, ranks ids, and writes the
+store, once for all that it reads.
 """
 
 import shutil
@@ -81,7 +81,6 @@ def measured(
         codec = codec.ranked_by(label_ranking(dataset))
     ways: dict[str, Callable[[], Any]] = {
         "alone": lambda: [read(teacher, codec, piece) for piece in pieces],
-        "asked": lambda: [ask_about(dataset, teacher, codec, piece) for piece in pieces],
         "packed": lambda: packed_beside(dataset, teacher, codec, config, pieces),
         "stored": lambda: score_dataset(dataset, teacher, config, overwrite=True),
     }
@@ -98,8 +97,8 @@ def measured(
         "pieces": len(pieces),
         "repetitions": repetitions,
         **{f"{name}_tokens_per_s": round(tokens / middle[name]) for name in ways},
-        "packing_costs_pct": round(100 * (middle["packed"] / middle["asked"] - 1), 2),
-        "storing_costs_pct": round(100 * (middle["stored"] / middle["asked"] - 1), 2),
+        "packing_costs_pct": round(100 * (middle["packed"] / middle["alone"] - 1), 2),
+        "storing_costs_pct": round(100 * (middle["stored"] / middle["alone"] - 1), 2),
         "spread_s": {name: round((max(t) - min(t)) / 2, 4) for name, t in times.items()},
         "bytes_per_label": round(
             sum(entry["bytes"] for entry in manifest["shards"]) / manifest["labels"], 2
@@ -153,10 +152,10 @@ def packed_beside(
     with ThreadPoolExecutor(1) as packer:
         waiting = None
         for piece in pieces:
-            answers = ask_about(dataset, teacher, codec, piece)
+            heard = ask_about(dataset, teacher, codec, piece)
             if waiting is not None:
                 waiting.result()
-            waiting = packer.submit(packed, piece, answers, codec, device)
+            waiting = packer.submit(packed, heard, codec, device)
         if waiting is not None:
             waiting.result()
 
@@ -164,16 +163,16 @@ def packed_beside(
 def packed_alone(
     dataset: Dataset, teacher: Any, codec: Codec, config: ScoreConfig, piece: list[Document]
 ) -> dict[str, Any]:
-    """Labels packed per second while nothing else runs, transfers to and from the device included.
+    """Labels checked and packed per second while nothing else runs, transfers included.
 
     Best of three; none where log-probs alone are kept.
     """
     if codec.needs == "logprobs":
         return {}
-    answers, best = ask_about(dataset, teacher, codec, piece), 1e9
+    heard, best = ask_about(dataset, teacher, codec, piece), 1e9
     device = getattr(config.teacher, "device", "cpu")
     for _ in range(3):
         begin = time.perf_counter()
-        targets = packed(piece, answers, codec, device)
+        targets = packed(heard, codec, device)
         best = min(best, time.perf_counter() - begin)
     return {"labels_packed_per_s": round(sum(len(t.logprobs) for t in targets) / best)}

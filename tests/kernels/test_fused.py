@@ -95,6 +95,12 @@ def gradients(student, dtype, *, seed, expert_ids=None):
     return {"hidden": output.hidden.detach().double(), **found}
 
 
+def pooled_gradients(student, dtype, *, seeds, expert_ids):
+    """States and gradients of several batches, one after the other in one vector."""
+    found = [gradients(student, dtype, seed=seed, expert_ids=expert_ids) for seed in seeds]
+    return {name: torch.cat([one[name].flatten() for one in found]) for name in found[0]}
+
+
 def by_role(*sets):
     """Gradients of one name in all layers as one vector: single numbers cancel to noise."""
     roles = {}
@@ -129,17 +135,18 @@ def test_fused_student_is_as_exact_as_the_reference_in_bf16(checkpointing, is_re
         expert_ids = torch.rand(2, 384, 4, 32, device="cuda").argsort(dim=3)[..., :4]
         expert_ids = expert_ids.to(torch.uint8)
         expert_ids[1, 350:] = 255
-    settings = {"seed": 5, "expert_ids": expert_ids}
-    expected = gradients(exact, torch.float64, **settings)
-    by_reference = gradients(plain, torch.bfloat16, **settings)
-    by_kernels = gradients(fused, torch.bfloat16, **settings)
+    # On a CPU the reference's own error of `k_a` is between 0.06 and 0.17 from batch to batch.
+    pooled = {"seeds": (5, 6, 7, 8), "expert_ids": expert_ids}
+    expected = pooled_gradients(exact, torch.float64, **pooled)
+    by_reference = pooled_gradients(plain, torch.bfloat16, **pooled)
+    by_kernels = pooled_gradients(fused, torch.bfloat16, **pooled)
     assert by_kernels.keys() == expected.keys()
     for name, (value, by_rounding, found) in by_role(expected, by_reference, by_kernels).items():
         # The few numbers of a role such as the lambdas are as noisy as luck has it.
         allowed = (1.5 if value.numel() > 64 else 4) * relative_error(by_rounding, value) + 0.02
         assert relative_error(found, value) < allowed, name
     counts = [r.local_tokens_per_expert for r in fused.routers()]
-    assert all(int(c.sum()) == 4 * (2 * 384 - 34) for c in counts)
+    assert all(int(c.sum()) == len(pooled["seeds"]) * 4 * (2 * 384 - 34) for c in counts)
 
 
 @pytest.mark.gpu

@@ -144,7 +144,7 @@ def test_replay_of_own_choices_changes_no_bit(dtype):
     logits, bias = torch.randn(999, 256, device="cuda"), torch.randn(256, device="cuda") * 0.01
     settings = {"choice": choice_of(DeepseekV3Config()), "documents": documents}
     plain = choose(logits, None, bias, **settings)
-    given = plain.expert_ids.to(dtype)
+    given = plain.expert_ids.to(dtype, copy=True)
     given[::7] = torch.zeros((), dtype=dtype).bitwise_not()
     again = choose(logits, None, bias, **settings, given=given)
     for one, other in zip(plain, again, strict=True):

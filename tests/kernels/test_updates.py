@@ -54,6 +54,7 @@ def test_iterations_in_gram_space_equal_float64(shape):
     """As exact as bf16 products for well conditioned matrices, far better for others."""
     from vpmoe.kernels.polar import polar_, polar_fits
 
+    torch.manual_seed(0)
     stack, rows, cols = shape
     assert polar_fits(rows, cols, steps=5) and not polar_fits(rows, cols, steps=6)
     table = torch.tensor(COEFFICIENTS[5], device="cuda")

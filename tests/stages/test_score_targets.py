@@ -294,11 +294,11 @@ def test_documents_packed_together_are_packed_as_alone(dataset, monkeypatch, cod
     if built.by_rank:
         built = built.ranked_by(label_ranking(dataset))
     documents = [dataset.conversation(index) for index in range(len(dataset))]
-    answers = ask_about(dataset, TopPrefixTeacher(), built, documents)
+    heard = ask_about(dataset, TopPrefixTeacher(), built, documents)
     monkeypatch.setattr(score, "_PACKED_PLACES", 1)
-    alone = packed(documents, answers, built)
+    alone = packed(heard, built)
     monkeypatch.setattr(score, "_PACKED_PLACES", at_once)
-    together = packed(documents, answers, built)
+    together = packed(heard, built)
     assert len(documents) > 2
     assert [one.sample_id for one in together] == [document.sample_id for document in documents]
     for one, other in zip(alone, together, strict=True):
@@ -311,11 +311,11 @@ def test_documents_packed_together_are_packed_as_alone(dataset, monkeypatch, cod
 def test_a_gpu_packs_the_same_bytes_while_it_computes(dataset, codec):
     built = config_for(dataset, codec=codec).codec.build()
     documents = [dataset.conversation(index) for index in range(len(dataset))]
-    answers = ask_about(dataset, TopPrefixTeacher(), built, documents)
+    heard = ask_about(dataset, TopPrefixTeacher(), built, documents)
     busy = torch.randn(4_096, 4_096, device="cuda")
     for _ in range(50):
         busy = (busy @ busy).clamp(-1, 1)
-    there = packed(documents, answers, built, "cuda")
-    for one, other in zip(packed(documents, answers, built), there, strict=True):
+    there = packed(heard, built, "cuda")
+    for one, other in zip(packed(heard, built), there, strict=True):
         assert one.codes.keys() == other.codes.keys()
         assert all(np.array_equal(one.codes[name], other.codes[name]) for name in one.codes)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -23,7 +24,7 @@ from vpmoe.errors import DataError
 from vpmoe.spans import Span
 from vpmoe.stages.label_ranking import label_ranking
 from vpmoe.teachers import TeacherConfig
-from vpmoe.teachers.ask import Answer, ask
+from vpmoe.teachers.ask import Answer, Said, checked, said_of
 from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, Teacher, num_known_ids
 from vpmoe.teachers.codecs import Codec, CodecConfig, Entries, fitted
 from vpmoe.teachers.codecs.logprob import LogprobConfig
@@ -121,6 +122,21 @@ def open_targets(path: Path, dataset: Dataset) -> TargetStore:
 # Step
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What a teacher said about some documents, not checked yet.
+
+    Attributes:
+        documents: Tokens and label-aligned spans.
+        asked: What the teacher read of each, its own system message included.
+        said: Its answer.
+    """
+
+    documents: Sequence[Document]
+    asked: Sequence[np.ndarray]
+    said: Said
+
+
 def ask_about(
     dataset: Dataset,
     teacher: Teacher,
@@ -128,11 +144,8 @@ def ask_about(
     documents: Sequence[Document],
     *,
     reasoning_effort: ReasoningEffort | None = None,
-) -> list[Answer]:
-    """What a teacher says at the trained labels of some documents.
-
-    Where the teacher's system message names another effort than the dataset's, the labels move;
-    the answer's tokens stay the same ones.
+) -> Heard:
+    """What a teacher says about some documents.
 
     Args:
         dataset: Where the documents are from, for how they were rendered.
@@ -142,15 +155,27 @@ def ask_about(
         reasoning_effort: For the teacher's system message; None leaves the document as it is.
 
     Raises:
-        TeacherError: If an answer cannot be right.
+        TeacherError: If the teacher cannot say what the codec keeps.
     """
     asked = [document.tokens[:-1] for document in documents]  # not about the end of the text
     if reasoning_effort is not None:
         render = dataset.render
         asked = [with_effort(tokens, reasoning_effort, render=render) for tokens in asked]
+    return Heard(documents, asked, said_of(teacher, codec, asked))
+
+
+def answers_of(heard: Heard, codec: Codec) -> list[Answer]:
+    """Checked answers at the documents' trained labels.
+
+    Where the teacher's system message names another effort than the dataset's, the labels move;
+    the answer's tokens stay the same ones.
+
+    Raises:
+        TeacherError: If an answer cannot be right.
+    """
     answers = []
     for document, sequence, answer in zip(
-        documents, asked, ask(teacher, codec, asked), strict=True
+        heard.documents, heard.asked, checked(codec, heard.asked, heard.said), strict=True
     ):
         shift = len(sequence) - (len(document.tokens) - 1)
         trained = np.flatnonzero(document.span_ids != Span.IGNORE) + shift
@@ -159,20 +184,18 @@ def ask_about(
     return answers
 
 
-def packed(
-    documents: Sequence[Document],
-    answers: Sequence[Answer],
-    codec: Codec,
-    device: torch.device | str = "cpu",
-) -> list[SampleTargets]:
-    """Answers as a store keeps them.
+def packed(heard: Heard, codec: Codec, device: torch.device | str = "cpu") -> list[SampleTargets]:
+    """Answers as a store keeps them, checked on the way.
 
     Args:
-        documents: That the teacher was asked about.
-        answers: At their trained labels.
+        heard: What the teacher said.
         codec: How distributions are packed.
         device: Where they are packed; the bytes are the same everywhere, up to rounding.
+
+    Raises:
+        TeacherError: If an answer cannot be right.
     """
+    documents, answers = heard.documents, answers_of(heard, codec)
     places = np.array([len(answer.logprobs) for answer in answers])
     targets = []
     device = torch.device(device)
@@ -226,8 +249,8 @@ def score_dataset(
 ) -> dict[str, Any]:
     """The manifest of a store that holds what the teacher says of the selected samples.
 
-    Answers are packed while the teacher reads the next piece. A codec that names ids by their
-    rank gets the ranking of the dataset's own labels.
+    Answers are checked and packed while the teacher reads the next piece. A codec that names ids
+    by their rank gets the ranking of the dataset's own labels.
     Everything but `data`, `split` and `teacher` of `config` is used; those are given as objects.
 
     Raises:
@@ -280,12 +303,12 @@ def _scored(
     with ThreadPoolExecutor(1) as packer:
         for piece in _cut(ordered, lengths, getattr(teacher, "call_tokens", _PIECE_TOKENS)):
             documents = [dataset.conversation(index) for index in piece]
-            answers = ask_about(
+            heard = ask_about(
                 dataset, teacher, codec, documents, reasoning_effort=config.reasoning_effort
             )
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
-            waiting = piece, packer.submit(packed, documents, answers, codec, device)
+            waiting = piece, packer.submit(packed, heard, codec, device)
         if waiting is not None:
             yield waiting[0], waiting[1].result()
 

@@ -9,8 +9,10 @@ import torch
 from vpmoe.errors import TeacherError
 from vpmoe.teachers.base import (
     MAX_LOGPROB_NATS,
+    SampledScores,
     SampledTeacher,
     Teacher,
+    TopScores,
     TopTeacher,
     require_logprobs,
 )
@@ -34,42 +36,55 @@ class Answer:
     entries: Entries | None = None
 
 
-def ask(teacher: Teacher, codec: Codec, sequences: Sequence[np.ndarray]) -> list[Answer]:
-    """What a teacher says about sequences, as far as a codec keeps it.
+Said = Sequence[np.ndarray] | Sequence[TopScores] | Sequence[SampledScores]
+
+
+def said_of(teacher: Teacher, codec: Codec, sequences: Sequence[np.ndarray]) -> Said:
+    """A teacher's answer about sequences as it comes; `checked` makes something of it.
 
     Raises:
-        TeacherError: If the teacher cannot say it, or says what cannot be.
+        TeacherError: If the teacher cannot say what the codec keeps.
     """
     if codec.needs == "logprobs":
-        scores = teacher.score(sequences)
-        require_logprobs(sequences, scores)
-        return [Answer(logprobs) for logprobs in scores]
+        return teacher.score(sequences)
     if codec.needs == "top":
         if not isinstance(teacher, TopTeacher):
             raise _cannot(teacher, "name its likeliest tokens", "score_top")
-        top = teacher.score_top(sequences, codec.asked)
-        require_logprobs(sequences, [one.logprobs for one in top])
-        for index, (sequence, one) in enumerate(zip(sequences, top, strict=True)):
-            _require_top(index, sequence, one.top_ids, one.top_logprobs, codec.asked)
-            _require_agreement(index, sequence, one.logprobs, one.top_ids, one.top_logprobs)
-        return [
-            Answer(
-                one.logprobs,
-                entries_of_top(torch.from_numpy(one.top_ids), torch.from_numpy(one.top_logprobs)),
-            )
-            for one in top
-        ]
+        return teacher.score_top(sequences, codec.asked)
     if not isinstance(teacher, SampledTeacher):
         raise _cannot(teacher, "draw tokens", "score_sampled")
-    drawn = teacher.score_sampled(sequences, codec.asked, codec.seed)
-    require_logprobs(sequences, [one.logprobs for one in drawn])
-    answers = []
-    for index, (sequence, one) in enumerate(zip(sequences, drawn, strict=True)):
+    return teacher.score_sampled(sequences, codec.asked, codec.seed)
+
+
+def checked(codec: Codec, sequences: Sequence[np.ndarray], said: Said) -> list[Answer]:
+    """What a teacher said about sequences, as far as a codec keeps it.
+
+    Raises:
+        TeacherError: If it says what cannot be.
+    """
+    require_logprobs(
+        sequences, [one if isinstance(one, np.ndarray) else one.logprobs for one in said]
+    )
+    return [
+        _answer(codec, index, sequence, one)
+        for index, (sequence, one) in enumerate(zip(sequences, said, strict=True))
+    ]
+
+
+def _answer(
+    codec: Codec, index: int, sequence: np.ndarray, one: np.ndarray | TopScores | SampledScores
+) -> Answer:
+    if isinstance(one, TopScores):
+        _require_top(index, sequence, one.top_ids, one.top_logprobs, codec.asked)
+        _require_agreement(index, sequence, one.logprobs, one.top_ids, one.top_logprobs)
+        top = torch.from_numpy(one.top_ids), torch.from_numpy(one.top_logprobs)
+        return Answer(one.logprobs, entries_of_top(*top))
+    if isinstance(one, SampledScores):
         _require_ids(index, sequence, one.ids, one.log_weights, codec.asked)
         ids, weights = torch.from_numpy(one.ids).long(), torch.from_numpy(one.log_weights)
         nothing = torch.full((len(ids),), -torch.inf)
-        answers.append(Answer(one.logprobs, Entries(ids, weights, nothing)))
-    return answers
+        return Answer(one.logprobs, Entries(ids, weights, nothing))
+    return Answer(one)
 
 
 def _cannot(teacher: Teacher, what: str, method: str) -> TeacherError:
