@@ -69,29 +69,31 @@ def _synth_lines(results: Path) -> list[str]:
         *("### The same on real rows", ""),
         _synth_said(found, results),
         "",
-        "| method | held-out KL, nats | held-out loss, nats | bytes per label | training, s |",
-        "|---|--:|--:|--:|--:|",
+        "| method | seeds | held-out KL, nats | held-out loss, nats | bytes per label "
+        "| training, s |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for method in _methods(found):
         rows = _rows(found, method)
         kl, loss = ([row[name] for row in rows] for name in ("kl_nats", "loss"))
         lines.append(
-            f"| {rows[0]['what']} | {_spread(kl, 3)} | {_spread(loss, 3)} "
+            f"| {rows[0]['what']} | {len(rows)} | {_spread(kl, 3)} | {_spread(loss, 3)} "
             f"| {_bytes(found, method, found['anchors'].get('state_bytes', 0))} "
             f"| {mean(row['train_s'] for row in rows):.0f} |"
         )
     for name, said in (("untrained", "no training"), ("unigram", "frequencies of the labels")):
         if name in found["anchors"]:
             row = found["anchors"][name]
-            lines.append(f"| {said} | {row['kl_nats']:.3f} | {row['loss']:.3f} | | |")
-    lines.append(f"| the teacher itself | 0 | {found['rows'][0]['teacher_loss']:.3f} | | |")
+            lines.append(f"| {said} | | {row['kl_nats']:.3f} | {row['loss']:.3f} | | |")
+    lines.append(f"| the teacher itself | | 0 | {found['rows'][0]['teacher_loss']:.3f} | | |")
     ranked = sorted(_methods(found), key=lambda m: mean(r["kl_nats"] for r in _rows(found, m)))
     names = [_rows(found, method)[0]["what"] for method in ranked]
     return [
         *lines,
         "",
         f"From the lowest mean KL to the highest: {'; '.join(names)}. Several runs shared the GPU: "
-        "the seconds compare methods, they are no speed.",
+        "the seconds compare methods, they are no speed."
+        + (f" The command was {found['incomplete']}." if "incomplete" in found else ""),
         *_failures(found),
     ]
 
@@ -101,8 +103,8 @@ def _synth_said(found: Mapping[str, Any], results: Path) -> str:
     seeds, row = sorted({row["seed"] for row in found["rows"]}), found["rows"][0]
     text = (
         f"`{found['command']}`, {found['device']}, torch {found['torch']}. The SYNTH sample, all "
-        f"201,088 ids, the `tiny-real` student in bfloat16, {found['tokens']:,} student tokens for "
-        f"every method; K = {found['k']}; {len(seeds)} seeds of weights and order. The teacher"
+        "201,088 ids, the `tiny-real` student in bfloat16, "
+        f"{found['tokens']:,} student tokens for every method; K = {found['k']}; up to {len(seeds)} seeds of weights and order. The teacher"
     )
     path = results / "codec-teacher.json"
     if path.exists():
@@ -149,6 +151,8 @@ def _rows(found: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     return f"{mean(values):.{digits}f} ± {_stdev(values):.{digits}f}"
 
 
@@ -158,11 +162,11 @@ def _stdev(values: Sequence[float]) -> float:
 
 def _bytes(found: Mapping[str, Any], method: str, state_bytes: int) -> str:
     if method == "exact":
-        return f"({state_bytes} if stored)"
+        return f"({state_bytes} if stored)" if state_bytes else "-"
     if method not in SOURCES:
         return "0"
     sizes = [s["bytes_per_label"] for s in found["stores"] if s["codec"] == SOURCES[method]]
-    return f"{mean(sizes):.1f}"
+    return f"{mean(sizes):.1f}" if sizes else "-"
 
 
 def distillkit_text(results: Path) -> str:

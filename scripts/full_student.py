@@ -19,7 +19,7 @@ RESULTS = REPOSITORY / "benchmarks" / "results" / "full-student.json"
 RATES = REPOSITORY / "benchmarks" / "results" / "rates.json"
 PAGE = REPOSITORY / "docs" / "full-student.md"
 PICTURE = REPOSITORY / "docs" / "full-student.png"
-RUNS = ("long", "fused", "control", "reference")
+RUNS = ("long", "fused", "control", "early_fused", "early_reference")
 TOLERANCE_PCT = 5.0  # of the loss of both spans together, at every step
 SHOWN = (1, 2, 3, 5, 10, 20, 30, 40, 50)
 
@@ -108,9 +108,12 @@ def first_steps(rates: dict[str, Any]) -> list[str]:
     head = [*names, *(f"loss, step {n}" for n in steps), "norm, step 1", "most idle", "idle at 30"]
     lines = [head, ["---"] * len(head)]
     for row in rates["rows"]:
-        losses = [f"{row['reasoning'][n - 1]:.2f}" for n in steps]
+        # A run that was cut short has None where nothing is known.
+        seen = dict(enumerate(row["reasoning"], start=1))
+        losses = ["-" if seen.get(n) is None else f"{seen[n]:.2f}" for n in steps]
         idle = row["dead_experts"]
-        last = [f"{row['grad_norm'][0]:.1f}", f"{max(idle):,.0f}", f"{idle[29]:,.0f}"]
+        most = max(count for count in idle if count is not None)
+        last = [f"{row['grad_norm'][0]:.1f}", f"{most:,.0f}", f"{idle[29]:,.0f}"]
         lines.append([*(f"{row[name]:g}" for name in names), *losses, *last])
     return [
         "## Embeddings and rates",
@@ -118,9 +121,13 @@ def first_steps(rates: dict[str, Any]) -> list[str]:
         "of standard deviation 0.02 the sum of 160 branches drowns the embedding: all tokens look "
         "alike to the last layers, and one step of AdamW on a router, which moves a logit of width "
         "1,024 by up to 1,024 times its rate, sends them all to the same experts. With "
-        "`embedding_std = 1` and a small rate for routers the optimizer's default rates hold. "
+        "`embedding_std = 1` and a small rate for routers few experts starve, at the optimizer's "
+        "default rates too; the loss still comes little below that of a unigram model (8.46 "
+        "held-out nats per token), and better rates for 80 layers remain to be found. "
         "`python -m benchmarks.rates`, loss of reasoning in nats, gradient norms before clipping, "
-        f"experts of 20,224 without a token in a step; {rates['device']}.",
+        f"experts of 20,224 without a token in a step; {rates['device']}. The last variant, which "
+        "the config takes, was cut after step 30; the run above is one of its own, on a longer "
+        "schedule.",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
     ]
 
@@ -163,33 +170,38 @@ def _ends(values: list[float]) -> str:
 
 
 def against_reference(runs: dict[str, Any]) -> list[str]:
-    """Fused and reference kernels over the same steps, and what rounding alone does."""
-    fused, control, reference = (runs[name] for name in ("fused", "control", "reference"))
-    apart, rounding = differences(fused, reference), differences(fused, control)
-    lines = [["step", "reference, %", "other micro-batches, %", "loss"], ["---"] * 4]
+    """What rounding alone does to a run, and what was seen beside the reference."""
+    fused, control = runs["fused"], runs["control"]
+    early = runs["early_fused"], runs["early_reference"]
+    rounding, apart = differences(fused, control), differences(*early)
+    lines = [["step", "other micro-batches, %", "loss", "reference, earlier rates, %"], ["---"] * 4]
     for step in SHOWN:
-        if step <= len(apart):
-            loss = loss_of(reference)[step - 1]
-            numbers = apart[step - 1], rounding[step - 1], loss
-            lines.append([str(step), *(f"{number:.2f}" for number in numbers)])
+        numbers = rounding[step - 1], loss_of(fused)[step - 1], apart[step - 1]
+        lines.append([str(step), *(f"{number:.2f}" for number in numbers)])
     batch, other = fused["config"]["batch"], control["config"]["batch"]
     slots = batch["global_batch_size"] * batch["seq_len"]
-    seconds = [statistics.median(run["step_s"][2:]) for run in (fused, reference)]
-    holds = "holds" if _within(apart) == len(apart) else f"holds for {_within(apart)} steps only"
+    seconds = [statistics.median(run["step_s"][2:]) for run in (fused, early[1])]
     return [
         "## Fused kernels against the reference",
-        f"The same {len(apart)} steps of {slots:,} slots, same seed, same rows, all 80 layers: "
-        '`kernels = "fused"`; `kernels = "reference"`, with activation checkpointing; and, as a '
-        f"control, fused in micro-batches of {other['micro_batch_size'] * batch['seq_len']:,} "
-        f"slots instead of {batch['micro_batch_size'] * batch['seq_len']:,}, which changes nothing "
-        "but the order of sums. By how much losses of both spans together differ from the first:",
+        f"The same {len(rounding)} steps of {slots:,} slots, same seed, same rows, all 80 layers, "
+        'with `kernels = "fused"`: in micro-batches of '
+        f"{batch['micro_batch_size'] * batch['seq_len']:,} slots, and, as a control, of "
+        f"{other['micro_batch_size'] * batch['seq_len']:,}, which changes nothing but the order of "
+        "sums. By how much the losses of both spans together differ; beside it, from an earlier "
+        'day, fused against `kernels = "reference"` with small embeddings, routers at the full '
+        "rate and the kernels of that day:",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        f"Mean and most: {mean(apart):.2f} % and {max(apart):.2f} % from the reference, "
-        f"{mean(rounding):.2f} % and {max(rounding):.2f} % from the control. The tolerance, "
-        f"{TOLERANCE_PCT:.0f} % at every step, {holds}. Norms of the first gradient: "
-        f"{fused['grad_norm'][0]:.3f} fused, {control['grad_norm'][0]:.3f} control, "
-        f"{reference['grad_norm'][0]:.3f} by reference. A step took {seconds[0]:.2f} s fused and "
-        f"{seconds[1]:.2f} s by reference.",
+        f"Rounding alone parts two runs by {mean(rounding):.1f} % on average and "
+        f"{max(rounding):.1f} % at most; the first losses differ by {rounding[0]:.4f} %, the first "
+        f"gradient norms are {fused['grad_norm'][0]:.4f} and "
+        f"{control['grad_norm'][0]:.4f}. The tolerance of {TOLERANCE_PCT:.0f} % at every step "
+        f"holds for the first {_within(rounding)} of {len(rounding)} steps of the control, and "
+        f"held for {_within(apart)} of {len(apart)} beside the reference ({mean(apart):.1f} % on "
+        "average): expert choices flip on rounding, and steps of 4,096 slots at these rates "
+        "amplify it. **No pair of runs shows agreement of trajectories to 5 %; the reference at the present rates "
+        "was started and did not come to its end.** What is shown: equal first steps, and single "
+        f"passes tested against float64. A step took {seconds[0]:.2f} s fused and {seconds[1]:.2f} "
+        "s by reference.",
     ]
 
 
@@ -211,7 +223,7 @@ def draw(found: dict[str, Any]) -> None:
         _lines(axes[0][2], [(run["tokens_per_s"][2:], "")], "tokens/s as logged", LIGHT)
         _lines(axes[1][0], [(run["cv_pct"], "")], "variation of expert loads, %", LIGHT)
         _lines(axes[1][1], [(run["dead"], "")], "experts without a token", LIGHT)
-        pair = [(loss_of(runs[n]), n) for n in ("fused", "control", "reference")]
+        pair = [(loss_of(runs[n]), n) for n in ("fused", "control")]
         _lines(axes[1][2], pair, "both spans, 4,096 slots a step", LIGHT)
         figure.savefig(PICTURE, dpi=DOTS_PER_INCH // 2, format="png", metadata={"Software": ""})
 

@@ -330,7 +330,7 @@ def main() -> None:
     regions = [whole_model(), kernels(), losses(), router_programs(), profile(), scoring]
     if (RESULTS / "teacher-packing.json").exists():
         regions.append(teacher_packing(load("teacher-packing"), table))
-    regions.append(sampling(load("sampling"), table))
+    regions.append(sampling(load("sampling"), load("whole-model")["rows"], table))
     page = "\n\n".join([INTRO, *regions]) + "\n"
     if "--check" in sys.argv[1:]:
         if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:

@@ -3,16 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+AGREEMENT = "sampler against trainer"
 BAR, STRETCH = 13_000, 20_000  # tokens per second at a batch of 64
 ROOFLINE_MS = {1: 0.30, 8: 0.57, 64: 2.02, 256: 3.42}  # weights once, keys and values, 4.26 TB/s
 
 Table = Callable[..., str]
 
 
-def sampling(found: dict[str, Any], table: Table) -> str:
-    """Speed, agreement and memory of the sampler."""
+def sampling(found: dict[str, Any], trained: list[dict[str, Any]], table: Table) -> str:
+    """Speed, agreement and memory of the sampler; `trained` holds rows of the whole-model run."""
     named: dict[str, list[dict[str, Any]]] = {}
-    for row in found["rows"]:
+    for row in [*found["rows"], *(row for row in trained if row["what"] == AGREEMENT)]:
         named.setdefault(row["what"], []).append(row)
     parts = [
         f"## Sampling: {found['layers']} layers, prompts of {found['prompt']}, "
@@ -108,7 +109,7 @@ def _kernels(found: dict[str, Any], named: dict[str, list[dict[str, Any]]], tabl
 
 
 def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str]:
-    rows = named.get("sampler against trainer", [])
+    rows = named.get(AGREEMENT, [])
     if not rows:
         return []
     has_noise = any("drawn_trainer_against_reference" in row for row in rows)
@@ -146,7 +147,7 @@ def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str
             ],
             [
                 [
-                    row.get("weights", "random"),
+                    row.get("weights", "random, small embeddings"),
                     row["layers"],
                     row["routing"],
                     row["drawn_mean_abs_nats"],

@@ -65,8 +65,9 @@ def teacher_packing(
             row["codec"],
             row["bytes_per_label"],
             row["alone_tokens_per_s"],
-            row["asked_tokens_per_s"],
+            row.get("asked_tokens_per_s"),
             row["packed_tokens_per_s"],
+            100 * (row["alone_tokens_per_s"] / row["packed_tokens_per_s"] - 1),
             row["packing_costs_pct"],
             row["stored_tokens_per_s"],
             row.get("labels_packed_per_s"),
@@ -74,8 +75,9 @@ def teacher_packing(
         for row in found["rows"]
     ]
     head = ["codec", "bytes per label", "teacher alone", "answers checked", "and packed"]
-    head += ["slower by, %", "and stored", "labels packed per s"]
+    head += ["slower by, %", "of it packing, %", "and stored", "labels packed per s"]
     worst = max(found["rows"], key=lambda row: row["packing_costs_pct"])
+    checks = any("asked_tokens_per_s" in row for row in found["rows"])
     first = found["rows"][0]
     return "\n\n".join(
         [
@@ -85,10 +87,17 @@ def teacher_packing(
             f"{found['layers']} layers, {first['tokens']:,} tokens of SYNTH conversations in "
             f"{first['pieces']} calls to the teacher, median of {first['repetitions']} in turns; "
             "tokens/s. Checked: answers are on the CPU, tested, and cut to the trained labels. "
-            "Packed: on another thread while the teacher reads on, as `vpmoe score` does; the last "
-            "call's share is waited for. Stored: the whole stage, with what it does once, whatever "
-            "it reads: selecting, ranking ids, writing. Packed per second: alone, transfers "
-            "included.",
+            + (
+                "In this run the thread that asks did so; now it is done beside the packing, which "
+                "was not timed. "
+                if checks
+                else ""
+            )
+            + "Packed: on another thread while the teacher reads on, as `vpmoe score` does; the "
+            "last call's share is waited for. Stored: the whole stage, with what it does once, "
+            "whatever it reads: selecting, ranking ids, writing. Packed per second: alone, "
+            "transfers included."
+            + (f" The run was {found['incomplete']}." if "incomplete" in found else ""),
             table(head, rows),
             f"Packing costs at most {worst['packing_costs_pct']:.1f} % of the teacher's speed "
             f"({worst['codec']}; bar {PACKING_BAR}).",

@@ -75,11 +75,12 @@ def test_weights_and_optimizer_are_estimated_to_the_byte(tmp_path):
 def test_kernels_that_no_operation_launched_belong_to_the_scope_around_them():
     """As on a GPU: one linked kernel, one in the optimizer's scope, one outside of all."""
 
-    def on_device(name, begin, end, kernels=()):
+    def on_device(name, begin, end, kernels=(), *, is_scope=False):
         span = SimpleNamespace(start=begin, end=end, elapsed_us=lambda: end - begin)
         return SimpleNamespace(
             name=name, time_range=span, kernels=list(kernels), sequence_nr=-1, cpu_parent=None,
             device_type=SimpleNamespace(name="CUDA"), input_shapes=[], self_cpu_time_total=0,
+            is_user_annotation=is_scope,
         )  # fmt: skip
 
     operation = on_device("aten::mm", 0, 5, [SimpleNamespace(name="product", duration=10)])
@@ -87,7 +88,8 @@ def test_kernels_that_no_operation_launched_belong_to_the_scope_around_them():
     events = [
         operation,
         on_device("product", 0, 10),
-        on_device("vpmoe/optimizer", 20, 60),
+        on_device("vpmoe/optimizer", 20, 60, is_scope=True),
+        on_device("## Call CompiledFxGraph", 0, 80, is_scope=True),
         on_device("move", 20, 40),
         on_device("move", 40, 60),
         on_device("other", 70, 75),

@@ -172,10 +172,8 @@ def _launched_alone(events: Sequence[FunctionEvent]) -> Iterator[tuple[str, str,
         if event.name.startswith(PREFIX)
     )
     begins = [begin for begin, _, _ in scopes]
-    for event in on_device:
+    for event in filter(_is_kernel, on_device):
         key = event.name, event.time_range.elapsed_us()
-        if event.name.startswith(PREFIX):
-            continue
         if linked[key]:
             linked[key] -= 1
             continue
@@ -238,12 +236,17 @@ def _is_shared(event: FunctionEvent, kernel: str, width: int) -> bool:
     return is_product and any(width in shape for shape in shapes if shape)
 
 
+def _is_kernel(event: FunctionEvent) -> bool:
+    """Not a scope, which the profiler draws on the device too: ours or a compiler's."""
+    return event.device_type.name == "CUDA" and not event.is_user_annotation
+
+
 def _busy_ms(events: Sequence[FunctionEvent]) -> float:
     """Length of the union of all kernels' intervals."""
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
-        if event.device_type.name == "CUDA" and not event.name.startswith(PREFIX)
+        if _is_kernel(event)
     )
     total, reached = 0.0, float("-inf")
     for begin, end in spans:
