@@ -104,7 +104,8 @@ def _synth_said(found: Mapping[str, Any], results: Path) -> str:
     text = (
         f"`{found['command']}`, {found['device']}, torch {found['torch']}. The SYNTH sample, all "
         "201,088 ids, the `tiny-real` student in bfloat16, "
-        f"{found['tokens']:,} student tokens for every method; K = {found['k']}; up to {len(seeds)} seeds of weights and order. The teacher"
+        f"{found['tokens']:,} student tokens for every method; K = {found['k']}; up to "
+        f"{len(seeds)} seeds of weights and order. The teacher"
     )
     path = results / "codec-teacher.json"
     if path.exists():

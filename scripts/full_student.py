@@ -198,8 +198,9 @@ def against_reference(runs: dict[str, Any]) -> list[str]:
         f"holds for the first {_within(rounding)} of {len(rounding)} steps of the control, and "
         f"held for {_within(apart)} of {len(apart)} beside the reference ({mean(apart):.1f} % on "
         "average): expert choices flip on rounding, and steps of 4,096 slots at these rates "
-        "amplify it. **No pair of runs shows agreement of trajectories to 5 %; the reference at the present rates "
-        "was started and did not come to its end.** What is shown: equal first steps, and single "
+        "amplify it. **No pair of runs shows agreement of trajectories to 5 %; the reference at "
+        "the present rates was started and did not come to its end.** What is shown: equal first "
+        "steps, and single "
         f"passes tested against float64. A step took {seconds[0]:.2f} s fused and {seconds[1]:.2f} "
         "s by reference.",
     ]
