@@ -244,9 +244,7 @@ def _is_kernel(event: FunctionEvent) -> bool:
 def _busy_ms(events: Sequence[FunctionEvent]) -> float:
     """Length of the union of all kernels' intervals."""
     spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in events
-        if _is_kernel(event)
+        (event.time_range.start, event.time_range.end) for event in events if _is_kernel(event)
     )
     total, reached = 0.0, float("-inf")
     for begin, end in spans:
