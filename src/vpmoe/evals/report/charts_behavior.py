@@ -45,7 +45,7 @@ def exact_match_chart(runs: Sequence[RunData], theme: Theme) -> Figure | None:
         percent_axis(ax)
         ax.set_xlim(-0.02, 1.16)
         ax.set_xticks([0, 0.5, 1.0])
-        ax.tick_params(labelbottom=place + columns >= len(panels))
+        ax.tick_params(labelbottom=True)
     return figure
 
 

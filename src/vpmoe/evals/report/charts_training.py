@@ -54,14 +54,17 @@ def _draw_loss(
     ax: Axes, run: RunData, span: str, *, color: str
 ) -> list[tuple[float, float, str, str]]:
     x, y = run.series(f"train/loss/{span}")
+    held = heldout_series(run, span)
     end: list[tuple[float, float, str, str]] = []
-    if x:
+    if run.config.get("kind") == "on_policy":  # its loss is a surrogate: the value means nothing
+        ax.plot(*held, color=color)
+        end = [(held[0][-1], held[1][-1], run.name, color)] if held[0] else []
+    elif x:
         smooth = smoothed(y, window=max(1, len(y) // SMOOTHING_SHARE))
         ax.plot(x, y, color=color, linewidth=0.6, alpha=0.22)
         ax.plot(x, smooth, color=color)
         end = [(x[-1], smooth[-1], run.name, color)]
-    x, y = heldout_series(run, span)
-    ax.plot(x, y, "o", color=color, markersize=4.2, markeredgecolor=ax.get_facecolor())
+    ax.plot(*held, "o", color=color, markersize=4.2, markeredgecolor=ax.get_facecolor())
     return end
 
 

@@ -51,8 +51,9 @@ CHARTS = (
     Chart(
         "loss",
         "Loss",
-        "Lines: training loss, a running mean over the faint raw values. Dots: held-out loss. "
-        "Each span is a mean over its own tokens.",
+        "Lines: training loss, a running mean over the faint raw values. Dots: held-out loss; "
+        "of an on-policy run it alone is drawn, its training loss being a surrogate without "
+        "meaning. Each span is a mean over its own tokens.",
         charts_training.loss_chart,
     ),
     Chart(
