@@ -189,6 +189,19 @@ def write_results(path: Path, rows: list[dict[str, Any]], **extra: Any) -> None:
     path.write_text(json.dumps({**describe_device(), **extra, "rows": rows}, indent=1) + "\n")
 
 
+def kept_rows(path: Path, **about: Any) -> list[dict[str, Any]]:
+    """Rows of an earlier result, for a command that measures a part again.
+
+    None where device, versions or what else is said of all rows differ: one header would lie.
+    """
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    same = {**describe_device(), **about}
+    same.pop("date")
+    return found["rows"] if all(found.get(name) == value for name, value in same.items()) else []
+
+
 def loss_of(student: Any, batch: dict[str, torch.Tensor], *, chunk_rows: int) -> torch.Tensor:
     """Cross-entropy of all labels of a batch and the routers' auxiliary loss."""
     from vpmoe.losses.base import LossInputs

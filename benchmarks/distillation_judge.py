@@ -67,7 +67,7 @@ def held_out_kl(student: Any, teacher: Any, documents: Sequence[Any]) -> dict[st
         hidden = output.hidden[0, :-1][trained].to(wide)
         return lambda rows: (hidden[rows] @ own.T).log_softmax(1)
 
-    return beside_teacher(teacher, documents, head, opinion, row_of=student.id_of)
+    return beside_teacher(teacher, documents, head, opinion, id_of=student.id_of)
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def beside_teacher(
     head: Tensor,
     opinion: Opinion,
     *,
-    row_of: Tensor | None = None,
+    id_of: Tensor | None = None,
 ) -> dict[str, Any]:
     """Means over every trained label of the KL from the teacher, its own numbers, and losses.
 
@@ -86,15 +86,15 @@ def beside_teacher(
         documents: What both read.
         head: The teacher's output embedding, in the dtype that everything is computed in.
         opinion: The other one's log-probs.
-        row_of: o200k id of each row of `head`; None if row and id are the same.
+        id_of: o200k id of each row of `head`; None if row and id are the same.
     """
     totals = dict.fromkeys(
         ("kl_nats", "teacher_entropy_nats", "teacher_top64_mass", "teacher_loss", "loss"), 0.0
     )
     count = 0
     for states, labels, theirs in _read(teacher, documents, head, opinion):
-        if row_of is not None:
-            labels = torch.searchsorted(row_of, labels)
+        if id_of is not None:
+            labels = torch.searchsorted(id_of, labels)
         for begin in range(0, len(states), ROWS):
             rows = slice(begin, begin + ROWS)
             t, p, label = (states[rows] @ head.T).log_softmax(1), theirs(rows), labels[rows, None]

@@ -10,7 +10,6 @@ fails is recorded with its error.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from benchmarks.common import (
     Times,
     forward_backward,
     graph_times,
+    kept_rows,
     kernel_times,
     launch_times,
     packed_batch,
@@ -274,8 +274,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels.json")
     args = parser.parse_args()
-    if args.out.exists():
-        ROWS.extend(json.loads(args.out.read_text())["rows"])
+    ROWS.extend(kept_rows(args.out))
     for name in args.only:
         for tokens in args.tokens:
             torch.manual_seed(0)

@@ -9,11 +9,10 @@ follows the same schedule; what differs is in `VARIANTS`.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, free, write_results
+from benchmarks.common import RESULTS, free, kept_rows, write_results
 from benchmarks.whole_model import trainee
 
 KEYS = ("embedding_std", "lr", "adam_lr", "embed_lr_mult", "router_lr_mult")
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--variants", type=int, nargs="+", default=range(len(VARIANTS)))
     parser.add_argument("--out", type=Path, default=RESULTS / "rates.json")
     args = parser.parse_args()
-    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    rows = kept_rows(args.out, layers=args.layers)
     for number in args.variants:
         rows = [row for row in rows if row["variant"] != number]
         rows.append({"variant": number, **train(args, VARIANTS[number])})

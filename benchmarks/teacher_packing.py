@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from benchmarks.common import REPOSITORY
 
@@ -24,6 +23,7 @@ from vpmoe.data.build import DataConfig, build_dataset
 from vpmoe.data.dataset import Dataset, Document
 from vpmoe.stages.label_ranking import label_ranking
 from vpmoe.stages.score import ScoreConfig, ask_about, packed, pool_of, score_dataset
+from vpmoe.teachers.ask import said_of
 from vpmoe.teachers.codecs import Codec
 from vpmoe.teachers.selection import select
 
@@ -52,7 +52,7 @@ def packing(
         teacher: Who scores; the first call of each kind is not counted.
         dataset: What it reads.
         fraction: Share of its tokens.
-        repetitions: Of each of the four ways.
+        repetitions: Of each of the three ways.
         device: Where the teacher is, and answers are packed.
     """
     rows = []
@@ -97,8 +97,8 @@ def measured(
         "pieces": len(pieces),
         "repetitions": repetitions,
         **{f"{name}_tokens_per_s": round(tokens / middle[name]) for name in ways},
-        "packing_costs_pct": round(100 * (middle["packed"] / middle["alone"] - 1), 2),
-        "storing_costs_pct": round(100 * (middle["stored"] / middle["alone"] - 1), 2),
+        "slower_packed_pct": round(100 * (middle["packed"] / middle["alone"] - 1), 2),
+        "slower_stored_pct": round(100 * (middle["stored"] / middle["alone"] - 1), 2),
         "spread_s": {name: round((max(t) - min(t)) / 2, 4) for name, t in times.items()},
         "bytes_per_label": round(
             sum(entry["bytes"] for entry in manifest["shards"]) / manifest["labels"], 2
@@ -132,12 +132,7 @@ def pieces_of(dataset: Dataset, config: ScoreConfig) -> list[list[Document]]:
 
 def read(teacher: Any, codec: Codec, piece: list[Document]) -> Any:
     """The teacher's answer and nothing else."""
-    sequences: list[np.ndarray] = [document.tokens[:-1] for document in piece]
-    if codec.needs == "logprobs":
-        return teacher.score(sequences)
-    if codec.needs == "top":
-        return teacher.score_top(sequences, codec.asked)
-    return teacher.score_sampled(sequences, codec.asked, codec.seed)
+    return said_of(teacher, codec, [document.tokens[:-1] for document in piece])
 
 
 def packed_beside(

@@ -93,7 +93,7 @@ def _synth_lines(results: Path) -> list[str]:
         "",
         f"From the lowest mean KL to the highest: {'; '.join(names)}. Several runs shared the GPU: "
         "the seconds compare methods, they are no speed."
-        + (f" The command was {found['incomplete']}." if "incomplete" in found else ""),
+        + (f" Not complete: {found['incomplete']}." if "incomplete" in found else ""),
         *_failures(found),
     ]
 
@@ -112,8 +112,8 @@ def _synth_said(found: Mapping[str, Any], results: Path) -> str:
         about = json.loads(path.read_text(encoding="utf-8"))
         text += (
             f" has the GPT-OSS architecture and {about['parameters']:,} parameters; it read "
-            f"{about['best']['tokens']:,} tokens of the same train split, up to its lowest "
-            f"held-out loss (`benchmarks/codec_teacher.py`). It"
+            f"{about['best']['tokens']:,} tokens of the same train split "
+            f"(`benchmarks/codec_teacher.py`). It"
         )
     text += (
         f" has a loss of {row['teacher_loss']:.3f} nats on the held-out labels and an entropy of "

@@ -187,9 +187,9 @@ def against_reference(runs: dict[str, Any]) -> list[str]:
         'with `kernels = "fused"`: in micro-batches of '
         f"{batch['micro_batch_size'] * batch['seq_len']:,} slots, and, as a control, of "
         f"{other['micro_batch_size'] * batch['seq_len']:,}, which changes nothing but the order of "
-        "sums. By how much the losses of both spans together differ; beside it, from an earlier "
-        'day, fused against `kernels = "reference"` with small embeddings, routers at the full '
-        "rate and the kernels of that day:",
+        "sums. By how much the losses of both spans together differ; beside it, measured "
+        'earlier, fused against `kernels = "reference"` with small embeddings, routers at the full '
+        "rate and the kernels of then:",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
         f"Rounding alone parts two runs by {mean(rounding):.1f} % on average and "
         f"{max(rounding):.1f} % at most; the first losses differ by {rounding[0]:.4f} %, the first "
@@ -199,7 +199,7 @@ def against_reference(runs: dict[str, Any]) -> list[str]:
         f"held for {_within(apart)} of {len(apart)} beside the reference ({mean(apart):.1f} % on "
         "average): expert choices flip on rounding, and steps of 4,096 slots at these rates "
         "amplify it. **No pair of runs shows agreement of trajectories to 5 %; the reference at "
-        "the present rates was started and did not come to its end.** What is shown: equal first "
+        "the present rates has not been run to its end.** What is shown: equal first "
         "steps, and single "
         f"passes tested against float64. A step took {seconds[0]:.2f} s fused and {seconds[1]:.2f} "
         "s by reference.",

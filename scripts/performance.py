@@ -216,7 +216,8 @@ def kernels() -> str:
             f"{found['date']}. Forward + backward, CUDA-graph replay, L2 flushed, medians and half "
             "the distance between the 10th and the 90th percentile. The peer is the fastest of "
             "those tried in the same run; grouped_mm computes no biases. GiB: at most, beyond "
-            "states and head (bar 4 for the head)." + other_days(found),
+            "states and head (bar 4 for the head; measured while two chunks of logits were held, "
+            "of which there is one now)." + other_days(found),
             table([*columns, "bound by"], lines),
             "GPU time by kernel, the longest of each, caches not flushed:",
             table(["of", "kernel", "calls", "us"], by_kernel),
@@ -318,7 +319,7 @@ def profile() -> str:
             table(["region", "ms", "%"], regions),
             table(["kernel", "region", "calls", "ms"], rows[:20]),
             "What each change of the dense part bought, as sums of kernel times, which leave out "
-            "the gaps between launches; measured one after the other, other jobs on the host.",
+            "the gaps between launches; measured one after the other.",
             table(["what", "layers", "GPU ms"], steps),
         ]
     )

@@ -162,5 +162,7 @@ def test_given_experts_equal_a_reference_that_is_made_to_choose_them(checkpointi
 def test_experts_of_another_student_are_refused():
     inputs = inputs_of()
     wrong = torch.zeros(*inputs["tokens"].shape, 3, 2, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="of 3 mixture layers for a student of 4"):
+    with pytest.raises(
+        ValueError, match="of 3 mixture layers and 2 experts a token for a student of 4 and"
+    ):
         student_of()(**inputs, expert_ids=wrong)

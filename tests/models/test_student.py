@@ -166,6 +166,11 @@ def test_embeddings_may_begin_larger_and_nothing_else_changes():
         torch.testing.assert_close(parameter, grown)
 
 
+def test_a_large_embedding_is_no_head():
+    with pytest.raises(ConfigError, match="embedding_std with tie_embeddings"):
+        config_of("embedding_std=1.0", "tie_embeddings=true")
+
+
 def test_bfloat16_keeps_what_must_stay_float32():
     student = student_of(dtype=torch.bfloat16)
     wide = {n.split(".", 2)[-1] for n, p in student.named_parameters() if p.dtype == torch.float32}

@@ -181,6 +181,36 @@ def test_nonsense_from_the_teacher_stops_the_run(dataset, tmp_path, change, mess
     assert not list(tmp_path.glob("*.arrow"))
 
 
+@pytest.mark.parametrize("then", ["answers", "breaks"])
+def test_what_was_wrong_first_is_told_though_answers_are_checked_later(
+    dataset, tmp_path, monkeypatch, then
+):
+    monkeypatch.setattr(score, "_PIECE_TOKENS", 1)  # a call for every document
+    teacher, calls = TopPrefixTeacher(), []
+
+    def score_top(sequences, k):
+        calls.append(len(sequences))
+        found = [top_scores(s, k) for s in sequences]
+        if len(calls) == 1:
+            return [TopScores(t.logprobs, t.top_ids * 0, t.top_logprobs) for t in found]
+        if then == "breaks":
+            raise ConnectionError("the server is gone")
+        return found
+
+    teacher.score_top = score_top
+    with pytest.raises(TeacherError, match="an id twice"):
+        score_dataset(dataset, teacher, config_for(tmp_path, codec=TOP_K))
+    assert len(calls) == 2  # the one beside which the answer was checked
+    assert not list(tmp_path.glob("*.arrow"))
+
+
+def test_an_answer_of_another_kind_is_refused(dataset, tmp_path):
+    teacher = TopPrefixTeacher()
+    teacher.score_top = lambda sequences, k: [prefix_logprobs(s) for s in sequences]
+    with pytest.raises(TeacherError, match="answered ndarray where TopScores was asked for"):
+        score_dataset(dataset, teacher, config_for(tmp_path, codec=TOP_K))
+
+
 def test_a_teacher_that_cannot_serve_the_codec_is_refused_in_words(dataset, tmp_path):
     with pytest.raises(ConfigError) as caught:
         config_for(tmp_path, codec=SET_CODED, teacher={"kind": "recorded", "path": "x"})

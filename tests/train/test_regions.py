@@ -92,9 +92,12 @@ def test_kernels_that_no_operation_launched_belong_to_the_scope_around_them():
         on_device("## Call CompiledFxGraph", 0, 80, is_scope=True),
         on_device("move", 20, 40),
         on_device("move", 40, 60),
-        on_device("other", 70, 75),
+        on_device("vpmoe/data", 62, 90, is_scope=True),
+        on_device("vpmoe/router", 64, 66, is_scope=True),
+        on_device("late", 70, 75),
+        on_device("product", 95, 105),  # as long as the linked one, and another
     ]
     found = attribute(events, shared_width=0)
-    assert found.regions == {OTHER: 0.015, "optimizer": 0.04}
+    assert found.regions == {OTHER: 0.02, "optimizer": 0.04, "data": 0.005}
     assert ("move", "optimizer", 2, 0.04) in found.kernels
-    assert found.busy_ms == 0.055
+    assert found.busy_ms == 0.065

@@ -86,6 +86,8 @@ class StudentConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> "StudentConfig":
         problems = [*self._vocabulary_problems(), *self._attention_problems()]
+        if self.tie_embeddings and self.embedding_std is not None:
+            problems.append("embedding_std with tie_embeddings: the head would begin as large")
         problems += self._expert_problems()
         if problems:
             raise ValueError("; ".join(problems))

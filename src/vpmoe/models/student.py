@@ -304,10 +304,12 @@ class Student(nn.Module):
         """The experts given to each layer."""
         if expert_ids is None:
             return [None] * len(self.layers)
-        if expert_ids.shape[2] != len(self.routers()):
+        routers = self.routers()
+        chosen = routers[0].num_experts_per_token if routers else 0
+        if expert_ids.shape[2:] != (len(routers), chosen):
             raise ValueError(
-                f"expert_ids of {expert_ids.shape[2]} mixture layers for a student of "
-                f"{len(self.routers())}"
+                f"expert_ids of {expert_ids.shape[2]} mixture layers and {expert_ids.shape[3]} "
+                f"experts a token for a student of {len(routers)} and {chosen}"
             )
         of_mixtures = iter(expert_ids.unbind(dim=2))
         return [next(of_mixtures) if isinstance(layer.mlp, Moe) else None for layer in self.layers]

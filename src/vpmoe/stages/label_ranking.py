@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from vpmoe.data.dataset import Dataset
+from vpmoe.errors import DataError
 from vpmoe.spans import Span
 from vpmoe.teachers.codecs.ranking import Ranking
 from vpmoe.vocabulary import VOCAB_SIZE
@@ -22,7 +23,13 @@ def label_ranking(dataset: Dataset) -> Ranking:
     Raises:
         DataError: If the train split cannot be read.
     """
-    train = dataset if dataset.split == "train" else Dataset(dataset.path, "train")
+    try:
+        train = dataset if dataset.split == "train" else Dataset(dataset.path, "train")
+    except DataError as error:
+        raise DataError(
+            f"{error.message}, whose labels codec adaptive ranks ids by",
+            hint="choose another codec, or build the dataset with a train split",
+        ) from error
     step = -(-int(train.lengths.sum()) // _COUNTED_TOKENS)
     counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
     waiting: list[np.ndarray] = []

@@ -19,8 +19,8 @@ from vpmoe.spans import NUM_SPANS, Span
 from vpmoe.stages.examine_teacher import Subject, case_of
 from vpmoe.storage.atomic import atomic_path, write_error
 from vpmoe.storage.manifest import provenance
-from vpmoe.teachers.base import TopTeacher
-from vpmoe.teachers.codecs import CodecConfig
+from vpmoe.teachers.base import TopTeacher, num_known_ids
+from vpmoe.teachers.codecs import CodecConfig, fitted
 from vpmoe.teachers.codecs.base import Entries, entries_of_top
 from vpmoe.teachers.codecs.ranking import Ranking
 from vpmoe.teachers.local import LocalTeacher, LocalTeacherConfig
@@ -158,7 +158,7 @@ class _Opinions:
             if "k" not in member.model_fields:
                 continue
             try:
-                codec = member(k=self.k).build()
+                codec = fitted(member(k=self.k), num_known_ids(self.teacher)).build()
             except ValidationError:
                 continue  # it cannot hold so few ids
             if codec.needs != "top" or codec.asked != self.k:

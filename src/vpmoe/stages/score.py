@@ -303,9 +303,14 @@ def _scored(
     with ThreadPoolExecutor(1) as packer:
         for piece in _cut(ordered, lengths, getattr(teacher, "call_tokens", _PIECE_TOKENS)):
             documents = [dataset.conversation(index) for index in piece]
-            heard = ask_about(
-                dataset, teacher, codec, documents, reasoning_effort=config.reasoning_effort
-            )
+            try:
+                heard = ask_about(
+                    dataset, teacher, codec, documents, reasoning_effort=config.reasoning_effort
+                )
+            except Exception:
+                if waiting is not None:
+                    waiting[1].result()  # what was wrong before is told first
+                raise
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
             waiting = piece, packer.submit(packed, heard, codec, device)

@@ -40,31 +40,40 @@ Said = Sequence[np.ndarray] | Sequence[TopScores] | Sequence[SampledScores]
 
 
 def said_of(teacher: Teacher, codec: Codec, sequences: Sequence[np.ndarray]) -> Said:
-    """A teacher's answer about sequences as it comes; `checked` makes something of it.
+    """A teacher's answer about sequences; `checked` looks at its distributions, which takes longer.
 
     Raises:
-        TeacherError: If the teacher cannot say what the codec keeps.
+        TeacherError: If the teacher cannot say what the codec keeps, or its log-probs are none.
     """
     if codec.needs == "logprobs":
-        return teacher.score(sequences)
+        scores = teacher.score(sequences)
+        require_logprobs(sequences, scores)
+        return scores
     if codec.needs == "top":
         if not isinstance(teacher, TopTeacher):
             raise _cannot(teacher, "name its likeliest tokens", "score_top")
-        return teacher.score_top(sequences, codec.asked)
-    if not isinstance(teacher, SampledTeacher):
+        said, kind = teacher.score_top(sequences, codec.asked), TopScores
+    elif not isinstance(teacher, SampledTeacher):
         raise _cannot(teacher, "draw tokens", "score_sampled")
-    return teacher.score_sampled(sequences, codec.asked, codec.seed)
+    else:
+        said, kind = teacher.score_sampled(sequences, codec.asked, codec.seed), SampledScores
+    for one in said:
+        if not isinstance(one, kind):
+            raise TeacherError(
+                f"teacher {teacher.identity.name} answered {type(one).__name__} where "
+                f"{kind.__name__} was asked for",
+                hint="it names a method that it does not have",
+            )
+    require_logprobs(sequences, [one.logprobs for one in said])
+    return said
 
 
 def checked(codec: Codec, sequences: Sequence[np.ndarray], said: Said) -> list[Answer]:
     """What a teacher said about sequences, as far as a codec keeps it.
 
     Raises:
-        TeacherError: If it says what cannot be.
+        TeacherError: If its distributions cannot be.
     """
-    require_logprobs(
-        sequences, [one if isinstance(one, np.ndarray) else one.logprobs for one in said]
-    )
     return [
         _answer(codec, index, sequence, one)
         for index, (sequence, one) in enumerate(zip(sequences, said, strict=True))

@@ -177,9 +177,10 @@ def _launched_alone(events: Sequence[FunctionEvent]) -> Iterator[tuple[str, str,
         if linked[key]:
             linked[key] -= 1
             continue
-        index = bisect_right(begins, event.time_range.start) - 1
-        inside = index >= 0 and event.time_range.start < scopes[index][1]
-        yield event.name, scopes[index][2] if inside else OTHER, key[1] / 1e3
+        at = event.time_range.start
+        around = reversed(scopes[: bisect_right(begins, at)])  # the innermost one first
+        region = next((name for _, end, name in around if at < end), OTHER)
+        yield event.name, region, key[1] / 1e3
 
 
 def _forward_regions(events: Sequence[FunctionEvent]) -> dict[int, str]:

@@ -78,12 +78,12 @@ def test_any_distribution_comes_back(k, places, seed, spread, fine_bits):
         assert sorted(out.ids[row, :count].tolist()) == sorted(ids[row, :count].tolist())
         assert not out.ids[row, count:].any()
         true = dict(zip(ids[row].tolist(), logprobs[row].tolist(), strict=True))
+        named = float(logprobs[row, :count].exp().sum())  # the tail's byte tells it down to 1e-7
         for i, value in zip(
             out.ids[row, :count].tolist(), out.logprobs[row].tolist(), strict=False
         ):
-            assert (
-                abs(value - true[i]) <= codec.rounding_nats + 0.02 * abs(true[i]) or true[i] < -16
-            )
+            allowed = 2.0**-fine_bits + 0.15 + 0.02 * abs(true[i])
+            assert abs(value - true[i]) <= allowed or named < 1e-7
     mass = out.logprobs.double().exp().sum(1) + out.tail.double().exp()
     torch.testing.assert_close(mass, torch.ones_like(mass), atol=1e-6, rtol=0)
     torch.testing.assert_close(out.tail.double().exp(), left, atol=2e-3, rtol=0.07)

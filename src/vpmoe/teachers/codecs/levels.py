@@ -8,10 +8,10 @@ from vpmoe.teachers.codecs.base import Column, damaged, require_size
 from vpmoe.teachers.codecs.bits import get, layout, put
 from vpmoe.teachers.codecs.ragged import Ragged
 from vpmoe.teachers.codecs.unary import decode_unary, encode_unary
+from vpmoe.teachers.codecs.worth import DEEPEST_NATS
 
 LEVELS, FINE = "levels", "fine"
 _MOST_HALVINGS = 6  # 1/64 nat: a probability to 0.5 % on average
-_HIGHEST_NATS = 64  # what lies further below the likeliest has no mass that float32 could see
 _ODDS_CODES = 128  # of either sign
 _MOST_ODDS_NATS = 17.0  # more than those of `LEAST_TAIL`
 
@@ -26,7 +26,7 @@ def heights(logprobs: Float32[Tensor, " entries"], shape: Ragged) -> Float32[Ten
     References:
         own.
     """
-    least = torch.maximum(logprobs[shape.last], logprobs[shape.first] - _HIGHEST_NATS)
+    least = torch.maximum(logprobs[shape.last], logprobs[shape.first] - DEEPEST_NATS)
     return (logprobs - shape.of_place(least)).clamp_min(0.0)
 
 
@@ -75,7 +75,7 @@ def decode_levels(
         As `encode_levels`.
     """
     level = decode_unary(LEVELS, levels, shape.entries)
-    if not bool((level <= _HIGHEST_NATS).all()):
+    if not bool((level <= DEEPEST_NATS).all()):
         raise damaged("a log-prob is lower than any that is kept")
     bits = _part_bits(level, fine_bits)
     starts, sizes = layout(bits, shape.entries)

@@ -12,6 +12,7 @@ from vpmoe.teachers.codecs.ragged import Ragged
 # Masses are added as whole numbers, so that the sum at a place is the same on every machine and
 # whatever stands before it.
 _UNITS = 2.0**40
+DEEPEST_NATS = 64.0  # what lies further below the likeliest has no mass that float32 could see
 
 
 def kept(
@@ -36,7 +37,8 @@ def kept(
     # vocabulary where the first is largest.
     least = max(0.0, worth_nats - 1.0 / max(1, vocab - width)) / math.log(vocab)
     floor = math.log(least) - 1e-3 if least > 0 else torch.finfo(torch.float32).min
-    hopeful = (entries.logprobs >= floor).sum(1).clamp_min(1)
+    deep = (entries.logprobs[:, :1] - DEEPEST_NATS).clamp_min(floor)
+    hopeful = (entries.logprobs >= deep).sum(1).clamp_min(1)
     shape = Ragged(hopeful, torch.tensor([len(entries)]))
     values = entries.logprobs.reshape(-1).index_select(0, shape.spots(width)).double()
     mass = values.exp()
