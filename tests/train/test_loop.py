@@ -1,3 +1,4 @@
+import json
 import math
 import random
 import resource
@@ -144,6 +145,14 @@ def test_another_config_is_refused_with_a_diff(tmp_path):
     with pytest.raises(RunError, match="was started with another config") as caught:
         run(changed, resume=True)
     assert "  clip_grad_norm: 1.0 → 2.0\n  seed: 0 → 1" in caught.value.message
+    assert "absent" not in caught.value.hint
+    config_file = tmp_path / "run" / "config.json"
+    settings = json.loads(config_file.read_text())
+    del settings["cuda_graph"]  # as a version would have left it that did not know of it
+    config_file.write_text(json.dumps(settings))
+    with pytest.raises(RunError, match="cuda_graph: absent → False") as caught:
+        run(train_config(tmp_path / "run"), resume=True)
+    assert "another version of vpmoe" in caught.value.hint
 
 
 def test_what_learns_nothing_may_change(tmp_path):

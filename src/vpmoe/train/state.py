@@ -81,10 +81,13 @@ def _refuse_drift(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) ->
     changed = difference(before, after)
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
+        hint = "start a new run with --run NAME, or undo the change"
+        if any(" absent →" in line or "→ absent" in line for line in changed):
+            hint += " (what is absent came or went with a kind, or with another version of vpmoe)"
         raise RunError(
             f"{path} was started with another config "
             f"(fingerprint {fingerprint(old)}, now {fingerprint(new)})\n{lines}",
-            hint="start a new run with --run NAME, or undo the change",
+            hint=hint,
         )
 
 
