@@ -24,7 +24,7 @@ from vpmoe.config import load
 from vpmoe.data.dataset import Dataset
 from vpmoe.evals.report.charts_targets import draw_frontiers
 from vpmoe.spans import Span
-from vpmoe.stages.label_ranking import label_ranking
+from vpmoe.stages.label_ranking import label_counts, label_ranking
 from vpmoe.stages.plan_targets import plan_targets
 from vpmoe.stages.score import ScoreConfig
 from vpmoe.teachers.codecs.adaptive import AdaptiveConfig
@@ -108,15 +108,6 @@ def n_gram(model: NGrams, dataset: Dataset, places: int) -> Reference:
             parts.append(reference_of(torch.stack(rows), ALL_IDS))
             rows = []
     return joined(parts)
-
-
-def label_counts(dataset: Dataset, *, step: int = 1) -> torch.Tensor:
-    """How often each id is a trained label of every `step`-th conversation."""
-    counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
-    for index in range(0, len(dataset), step):
-        labels = dataset.tokens(index)[1:][dataset.span_ids(index)[:-1] != Span.IGNORE]
-        np.add.at(counts, labels, 1)
-    return torch.from_numpy(counts)
 
 
 def captured(path: Path) -> Reference:

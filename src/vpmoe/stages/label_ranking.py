@@ -2,6 +2,8 @@
 
 import numpy as np
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from vpmoe.data.dataset import Dataset
 from vpmoe.errors import DataError
@@ -31,11 +33,16 @@ def label_ranking(dataset: Dataset) -> Ranking:
             hint="choose another codec, or build the dataset with a train split",
         ) from error
     step = -(-int(train.lengths.sum()) // _COUNTED_TOKENS)
+    return Ranking.of_counts(label_counts(train, step=step))
+
+
+def label_counts(dataset: Dataset, *, step: int = 1) -> Int64[Tensor, " vocab"]:
+    """How often each id is a trained label of every `step`-th conversation."""
     counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
     waiting: list[np.ndarray] = []
     held = 0
-    for index in range(0, len(train), step):
-        labels = train.tokens(index)[1:][train.span_ids(index)[:-1] != Span.IGNORE]
+    for index in range(0, len(dataset), step):
+        labels = dataset.tokens(index)[1:][dataset.span_ids(index)[:-1] != Span.IGNORE]
         waiting.append(labels)
         held += len(labels)
         if held >= _AT_ONCE:
@@ -43,4 +50,4 @@ def label_ranking(dataset: Dataset) -> Ranking:
             waiting, held = [], 0
     if waiting:
         counts += np.bincount(np.concatenate(waiting), minlength=VOCAB_SIZE)
-    return Ranking.of_counts(torch.from_numpy(counts))
+    return torch.from_numpy(counts)
