@@ -3,7 +3,7 @@
 import math
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.teachers.codecs.made import distributions
@@ -42,6 +42,7 @@ def test_top_p_is_the_smallest_head_with_that_mass():
 
 
 @settings(max_examples=100, deadline=None)
+@example(9, 152560, 12.75, 1e-6, 50)
 @given(
     st.integers(2, 60),
     st.integers(0, 2**31),
@@ -66,9 +67,8 @@ def test_the_short_way_finds_what_the_definition_says(k, seed, spread, worth, un
         gains = spread_cost[:-1] - spread_cost[1:] + mass[row] * logprobs[row].double()
         last = [n for n in range(1, k + 1) if gains[n - 1] >= worth]
         count = int(counts[row])
-        near = (
-            abs(float(gains[max(count, last[-1] if last else 1) - 1]) - worth) < 2e-6
-        )  # of LEAST_TAIL
+        # Both sums of what is left stop at LEAST_TAIL, whose cost is 1.3e-6.
+        near = abs(float(gains[max(count, last[-1] if last else 1) - 1]) - worth) < 4e-6
         assert count == (last[-1] if last else 1) or near
         assert abs(float(left[row]) - float(rest[count])) < 1e-7
 
