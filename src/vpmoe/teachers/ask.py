@@ -62,7 +62,7 @@ def said_of(teacher: Teacher, codec: Codec, sequences: Sequence[np.ndarray]) -> 
             raise TeacherError(
                 f"teacher {teacher.identity.name} answered {type(one).__name__} where "
                 f"{kind.__name__} was asked for",
-                hint="it names a method that it does not have",
+                hint="its scoring methods must answer as the protocols of vpmoe.teachers.base say",
             )
     require_logprobs(sequences, [one.logprobs for one in said])
     return said
