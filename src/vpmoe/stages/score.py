@@ -24,9 +24,9 @@ from vpmoe.errors import DataError
 from vpmoe.spans import Span
 from vpmoe.stages.label_ranking import label_ranking
 from vpmoe.teachers import TeacherConfig
-from vpmoe.teachers.ask import Answer, Said, checked, said_of
+from vpmoe.teachers.ask import Said, checked, said_of
 from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, Teacher, num_known_ids
-from vpmoe.teachers.codecs import Codec, CodecConfig, Entries, fitted
+from vpmoe.teachers.codecs import Codec, CodecConfig, fitted
 from vpmoe.teachers.codecs.logprob import LogprobConfig
 from vpmoe.teachers.selection import Column, Pool, SelectionConfig, select
 from vpmoe.teachers.shards import SampleTargets
@@ -164,26 +164,6 @@ def ask_about(
     return Heard(documents, asked, said_of(teacher, codec, asked))
 
 
-def answers_of(heard: Heard, codec: Codec) -> list[Answer]:
-    """Checked answers at the documents' trained labels.
-
-    Where the teacher's system message names another effort than the dataset's, the labels move;
-    the answer's tokens stay the same ones.
-
-    Raises:
-        TeacherError: If an answer cannot be right.
-    """
-    answers = []
-    for document, sequence, answer in zip(
-        heard.documents, heard.asked, checked(codec, heard.asked, heard.said), strict=True
-    ):
-        shift = len(sequence) - (len(document.tokens) - 1)
-        trained = np.flatnonzero(document.span_ids != Span.IGNORE) + shift
-        entries = answer.entries and answer.entries.select(torch.from_numpy(trained))
-        answers.append(Answer(answer.logprobs[trained], entries))
-    return answers
-
-
 def packed(heard: Heard, codec: Codec, device: torch.device | str = "cpu") -> list[SampleTargets]:
     """Answers as a store keeps them, checked on the way.
 
@@ -195,20 +175,13 @@ def packed(heard: Heard, codec: Codec, device: torch.device | str = "cpu") -> li
     Raises:
         TeacherError: If an answer cannot be right.
     """
-    documents, answers = heard.documents, answers_of(heard, codec)
-    places = np.array([len(answer.logprobs) for answer in answers])
-    targets = []
+    places = np.array([len(sequence) - 1 for sequence in heard.asked])
+    targets: list[SampleTargets] = []
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     with torch.cuda.stream(_packing_stream(device)) if on_gpu else nullcontext():
-        for members in _cut(range(len(documents)), places, _PACKED_PLACES):
-            codes = _codes([answers[i].entries for i in members], codec, device)
-            targets += [
-                SampleTargets(
-                    documents[i].sample_id, documents[i].span_ids, answers[i].logprobs, code
-                )
-                for i, code in zip(members, codes, strict=True)
-            ]
+        for members in _cut(range(len(places)), places, _PACKED_PLACES):
+            targets += _packed(heard, slice(members[0], members[-1] + 1), codec, device)
     return targets
 
 
@@ -218,22 +191,34 @@ def _packing_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _codes(
-    entries: Sequence[Entries | None], codec: Codec, device: torch.device | str
-) -> list[dict[str, np.ndarray]]:
-    """The codec's columns of each document, packed in one go: no sample's bytes see another's."""
-    held = [one for one in entries if one is not None]
-    out: list[dict[str, np.ndarray]] = [{} for _ in entries]
-    if not held:
-        return out
-    parts = ([one.ids for one in held], [one.logprobs for one in held], [one.tail for one in held])
-    together = Entries(*(torch.cat(part) for part in parts)).to(device)
-    columns = codec.encode(together, torch.tensor([len(one) for one in held], device=device))
-    for name, column in columns.items():
-        ends = np.cumsum(column.sizes.cpu().numpy())
-        for codes, part in zip(out, np.split(column.data.cpu().numpy(), ends[:-1]), strict=True):
-            codes[name] = part
-    return out
+def _packed(heard: Heard, rows: slice, codec: Codec, device: torch.device) -> list[SampleTargets]:
+    """Some of the documents, packed in one go: no sample's bytes see another's.
+
+    Where the teacher's system message names another effort than the dataset's, the labels move;
+    the answer's tokens stay the same ones.
+    """
+    documents, asked, said = heard.documents[rows], heard.asked[rows], heard.said[rows]
+    entries = checked(codec, asked, said, device=device, first=rows.start)
+    trained = [
+        np.flatnonzero(document.span_ids != Span.IGNORE) + len(sequence) - len(document.tokens) + 1
+        for document, sequence in zip(documents, asked, strict=True)
+    ]
+    codes: list[dict[str, np.ndarray]] = [{} for _ in documents]
+    if entries is not None:
+        before = np.cumsum([0, *(len(sequence) - 1 for sequence in asked[:-1])])
+        places = np.concatenate([t + n for t, n in zip(trained, before, strict=True)])
+        chosen = entries.select(torch.from_numpy(places).to(device))
+        columns = codec.encode(chosen, torch.tensor([len(t) for t in trained], device=device))
+        for name, column in columns.items():
+            ends = np.cumsum(column.sizes.cpu().numpy())
+            parts = np.split(column.data.cpu().numpy(), ends[:-1])
+            for code, part in zip(codes, parts, strict=True):
+                code[name] = part
+    logprobs = [one if isinstance(one, np.ndarray) else one.logprobs for one in said]
+    return [
+        SampleTargets(document.sample_id, document.span_ids, values[places], code)
+        for document, values, places, code in zip(documents, logprobs, trained, codes, strict=True)
+    ]
 
 
 # Run
@@ -269,53 +254,89 @@ def score_dataset(
             f"no sample of {dataset.path} is selected",
             hint="relax selection, or raise its fraction",
         )
-    lengths = pool.num_tokens.astype(np.int64)
-    slices = list(_cut(chosen.tolist(), lengths, config.shard_tokens))
-    total, done = int(lengths[chosen].sum()), 0
+    slices = list(_cut(chosen.tolist(), dataset.lengths, config.shard_tokens))
     header = _header(dataset, teacher, config)
     with TargetWriter(config.output, header, ranking=ranking, overwrite=overwrite) as out:
-        for number, members in enumerate(slices):
-            if number not in out.done:
-                targets: dict[int, SampleTargets] = {}
-                for piece, scored in _scored(dataset, teacher, codec, config, members):
-                    targets.update(zip(piece, scored, strict=True))
-                    if progress:
-                        progress(done + int(lengths[list(targets)].sum()), total)
-                out.write(number, [targets[index] for index in members])
-            done += int(lengths[members].sum())
-            if progress:
-                progress(done, total)
+        shards = _Shards(out, slices, dataset.lengths, progress)
+        _fill(shards, dataset, teacher, codec, config)
         return out.finish(len(slices))
 
 
-def _scored(
-    dataset: Dataset,
-    teacher: Teacher,
-    codec: Codec,
-    config: ScoreConfig,
-    members: Sequence[int],
-) -> Iterator[tuple[list[int], list[SampleTargets]]]:
-    """Documents in pieces of similar length, so that the teacher pads little; packed on the way."""
-    lengths = dataset.lengths
+class _Shards:
+    """Shards in the making: one is written as soon as its last sample is packed.
+
+    Args:
+        out: Where to.
+        slices: Numbers of each shard's documents.
+        lengths: Tokens of every document.
+        progress: Told (tokens done, tokens in all).
+    """
+
+    def __init__(
+        self,
+        out: TargetWriter,
+        slices: Sequence[Sequence[int]],
+        lengths: np.ndarray,
+        progress: Progress | None,
+    ) -> None:
+        self._out, self._slices, self._lengths = out, slices, lengths
+        self._progress = progress or (lambda *_: None)
+        self._packed: dict[int, SampleTargets] = {}
+        self._total = sum(int(lengths[members].sum()) for members in slices)
+        self._done = sum(int(lengths[slices[number]].sum()) for number in out.done)
+        self._progress(self._done, self._total)
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there yet."""
+        return [number for number in range(len(self._slices)) if number not in self._out.done]
+
+    def pieces(self, number: int, tokens: int) -> Iterator[list[int]]:
+        """A shard's documents of each call to the teacher, of similar length: it pads little."""
+        ordered = sorted(self._slices[number], key=lambda i: (-self._lengths[i], i))
+        return _cut(ordered, self._lengths, tokens)
+
+    def add(self, number: int, piece: Sequence[int], targets: Sequence[SampleTargets]) -> None:
+        """Keep a piece of a shard; no piece of another comes before its last."""
+        self._packed.update(zip(piece, targets, strict=True))
+        members = self._slices[number]
+        if len(self._packed) == len(members):
+            self._out.write(number, [self._packed[index] for index in members])
+            self._packed.clear()
+        self._done += int(self._lengths[list(piece)].sum())
+        self._progress(self._done, self._total)
+
+
+def _fill(
+    shards: _Shards, dataset: Dataset, teacher: Teacher, codec: Codec, config: ScoreConfig
+) -> None:
+    """Ask about every piece; the one before is checked and packed meanwhile.
+
+    A shard is written before the next one is begun, so that a kill never costs two.
+    """
     device = getattr(config.teacher, "device", "cpu")
-    ordered = sorted(members, key=lambda i: (-lengths[i], i))
-    waiting: tuple[list[int], Future[list[SampleTargets]]] | None = None
+    tokens = getattr(teacher, "call_tokens", _PIECE_TOKENS)
+
+    def ask(piece: list[int]) -> Heard:
+        documents = [dataset.conversation(index) for index in piece]
+        effort = config.reasoning_effort
+        return ask_about(dataset, teacher, codec, documents, reasoning_effort=effort)
+
+    def keep(number: int, piece: list[int], heard: Heard) -> None:
+        shards.add(number, piece, packed(heard, codec, device))
+
     with ThreadPoolExecutor(1) as packer:
-        for piece in _cut(ordered, lengths, getattr(teacher, "call_tokens", _PIECE_TOKENS)):
-            documents = [dataset.conversation(index) for index in piece]
-            try:
-                heard = ask_about(
-                    dataset, teacher, codec, documents, reasoning_effort=config.reasoning_effort
-                )
-            except Exception:
-                if waiting is not None:
-                    waiting[1].result()  # what was wrong before is told first
-                raise
+        for number in shards.missing:
+            waiting: Future[None] | None = None
+            for piece in shards.pieces(number, tokens):
+                try:
+                    heard = ask(piece)
+                finally:
+                    if waiting is not None:
+                        waiting.result()  # what was wrong before is told first
+                waiting = packer.submit(keep, number, piece, heard)
             if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = piece, packer.submit(packed, heard, codec, device)
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+                waiting.result()
 
 
 def pool_of(dataset: Dataset) -> Pool:

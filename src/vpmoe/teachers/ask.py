@@ -1,10 +1,11 @@
 """Asking a teacher for what a codec keeps, and refusing answers that cannot be right."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vpmoe.errors import TeacherError
 from vpmoe.teachers.base import (
@@ -21,19 +22,6 @@ from vpmoe.vocabulary import VOCAB_SIZE
 
 # By how much float32 sums of a whole vocabulary, and half precision before them, may miss one.
 _MASS_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a teacher said about one sequence.
-
-    Attributes:
-        logprobs: float32 [n - 1], of every token after the first.
-        entries: Distributions at the same places; None where the codec keeps log-probs alone.
-    """
-
-    logprobs: np.ndarray
-    entries: Entries | None = None
 
 
 Said = Sequence[np.ndarray] | Sequence[TopScores] | Sequence[SampledScores]
@@ -68,32 +56,166 @@ def said_of(teacher: Teacher, codec: Codec, sequences: Sequence[np.ndarray]) -> 
     return said
 
 
-def checked(codec: Codec, sequences: Sequence[np.ndarray], said: Said) -> list[Answer]:
-    """What a teacher said about sequences, as far as a codec keeps it.
+def checked(
+    codec: Codec,
+    sequences: Sequence[np.ndarray],
+    said: Said,
+    *,
+    device: torch.device | str = "cpu",
+    first: int = 0,
+) -> Entries | None:
+    """A teacher's distributions at all places of sequences, one after the other.
+
+    Args:
+        codec: What it was asked for.
+        sequences: What it read.
+        said: Its answers.
+        device: Where they are looked at, and stay.
+        first: Number of the first sequence, for complaints.
+
+    Returns:
+        None where the codec keeps log-probs alone.
 
     Raises:
-        TeacherError: If its distributions cannot be.
+        TeacherError: If they cannot be a teacher's; about the first place that is wrong.
     """
-    return [
-        _answer(codec, index, sequence, one)
-        for index, (sequence, one) in enumerate(zip(sequences, said, strict=True))
-    ]
+    if codec.needs == "logprobs":
+        return None
+    pairs = [_arrays(one) for one in said]
+    for index, (sequence, (ids, values)) in enumerate(zip(sequences, pairs, strict=True)):
+        _require_shape(first + index, sequence, ids, values, codec.asked)
+    ids, values = (_joined(part, device) for part in zip(*pairs, strict=True))
+    tokens = _joined([sequence[1:].astype(np.int32) for sequence in sequences], device)
+    own = _joined([one.logprobs for one in said], device)  # pyright: ignore[reportAttributeAccessIssue]
+    places = _Places(first, sequences, ids, values, own, tokens)
+    places.require(_CHECKS_OF_TOP if codec.needs == "top" else _CHECKS_OF_ANY)
+    if codec.needs == "top":
+        return entries_of_top(ids, values)
+    return Entries(ids.long(), values, torch.full_like(own, -torch.inf))
 
 
-def _answer(
-    codec: Codec, index: int, sequence: np.ndarray, one: np.ndarray | TopScores | SampledScores
-) -> Answer:
+def _arrays(one: np.ndarray | TopScores | SampledScores) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and their values."""
     if isinstance(one, TopScores):
-        _require_top(index, sequence, one.top_ids, one.top_logprobs, codec.asked)
-        _require_agreement(index, sequence, one.logprobs, one.top_ids, one.top_logprobs)
-        top = torch.from_numpy(one.top_ids), torch.from_numpy(one.top_logprobs)
-        return Answer(one.logprobs, entries_of_top(*top))
-    if isinstance(one, SampledScores):
-        _require_ids(index, sequence, one.ids, one.log_weights, codec.asked)
-        ids, weights = torch.from_numpy(one.ids).long(), torch.from_numpy(one.log_weights)
-        nothing = torch.full((len(ids),), -torch.inf)
-        return Answer(one.logprobs, Entries(ids, weights, nothing))
-    return Answer(one)
+        return one.top_ids, one.top_logprobs
+    assert isinstance(one, SampledScores)
+    return one.ids, one.log_weights
+
+
+def _joined(parts: Sequence[np.ndarray], device: torch.device | str) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts)).to(device)
+
+
+def _require_shape(
+    index: int, sequence: np.ndarray, ids: np.ndarray, values: np.ndarray, width: int
+) -> None:
+    if ids.shape != (len(sequence) - 1, width) or values.shape != ids.shape:
+        raise TeacherError(
+            f"sequence {index} has {len(sequence)} tokens, the teacher answered ids of shape "
+            f"{ids.shape} and values of shape {values.shape} where {width} a place were asked for"
+        )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Answers about all places of some sequences, one after the other, on one device."""
+
+    first: int
+    sequences: Sequence[np.ndarray]
+    ids: Tensor  # int32 [places, entries]
+    values: Tensor  # float32 [places, entries]
+    own: Tensor  # float32 [places], log-probs of the tokens
+    tokens: Tensor  # int32 [places]
+
+    def require(self, checks: "Sequence[_Check]") -> None:
+        """Refuse the first place that a check finds wrong."""
+        if not len(self.ids):
+            return
+        wrong = torch.stack([check.wrong(self) for check in checks])
+        if not bool(wrong.any()):  # the one wait for the device
+            return
+        place = int(wrong.any(dim=0).nonzero()[0, 0])
+        check = checks[int(wrong[:, place].nonzero()[0, 0])]
+        ends = np.cumsum([len(sequence) - 1 for sequence in self.sequences])
+        index = int(np.searchsorted(ends, place, side="right"))
+        begin = int(ends[index - 1]) if index else 0
+        where = f"token {place - begin + 1} of sequence {self.first + index}"
+        raise TeacherError(check.message(self, place).format(where=where), hint=check.hint)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """Where something is wrong, and how it is said; the message leaves room for `{where}`."""
+
+    wrong: Callable[[_Places], Tensor]
+    message: Callable[[_Places, int], str]
+    hint: str = ""
+
+
+def _unknown(places: _Places) -> Tensor:
+    return ((places.ids < 0) | (places.ids >= VOCAB_SIZE)).any(dim=1)
+
+
+def _say_unknown(places: _Places, place: int) -> str:
+    ids = places.ids[place]
+    named = int(ids[(ids < 0) | (ids >= VOCAB_SIZE)][0])
+    return f"the teacher named id {named} for {{where}}, which is outside the vocabulary"
+
+
+def _twice(places: _Places) -> Tensor:
+    # Unused places hold the same id: numbers of their own keep them apart.
+    apart = -1 - torch.arange(places.ids.shape[1], dtype=torch.int32, device=places.ids.device)
+    marked = torch.where(places.values > -torch.inf, places.ids, apart)
+    if marked.is_cpu:  # numpy sorts several int32 at a time
+        marked = torch.from_numpy(np.sort(marked.numpy(), axis=1))
+    else:
+        marked = marked.sort(dim=1).values
+    return (marked[:, 1:] == marked[:, :-1]).any(dim=1)
+
+
+def _no_head(places: _Places) -> Tensor:
+    """Values that are not the head of a distribution, the likeliest first."""
+    values = places.values
+    wrong = ~(values.isfinite() & (values <= MAX_LOGPROB_NATS)).all(dim=1)
+    wrong |= (values[:, 1:] > values[:, :-1]).any(dim=1)
+    return wrong | ~(values.double().exp().sum(dim=1) <= 1 + _MASS_TOLERANCE)
+
+
+def _say_no_head(places: _Places, place: int) -> str:
+    return (
+        "the teacher's likeliest log-probs for {where} are not falling log-probs of a mass of at "
+        f"most one: {places.values[place, :4].tolist()}..."
+    )
+
+
+def _apart(places: _Places) -> Tensor:
+    """Top lists that belong to other places than the log-probs of the tokens."""
+    allowed = 0.05 + 0.01 * places.own.abs()  # a server may round one of the two
+    far = ~((places.values - places.own[:, None]).abs() <= allowed[:, None])
+    return (far & (places.ids == places.tokens[:, None])).any(dim=1)
+
+
+def _say_apart(places: _Places, place: int) -> str:
+    listed = float(places.values[place][places.ids[place] == places.tokens[place]][0])
+    return (
+        f"the teacher gives {{where}} a log-prob of {float(places.own[place]):.4f}, and "
+        f"{listed:.4f} among its likeliest"
+    )
+
+
+_CHECKS_OF_ANY = (
+    _Check(_unknown, _say_unknown),
+    _Check(_twice, lambda *_: "the teacher named an id twice for {where}"),
+)
+_CHECKS_OF_TOP = (
+    *_CHECKS_OF_ANY,
+    _Check(
+        _no_head,
+        _say_no_head,
+        "the teacher must answer log-probs at temperature 1, the likeliest first",
+    ),
+    _Check(_apart, _say_apart, "the two lists of its answer speak of different places"),
+)
 
 
 def _cannot(teacher: Teacher, what: str, method: str) -> TeacherError:
@@ -101,68 +223,3 @@ def _cannot(teacher: Teacher, what: str, method: str) -> TeacherError:
         f"teacher {teacher.identity.name} cannot {what}: it has no {method}",
         hint="choose codec.kind = logprob, or another teacher",
     )
-
-
-def _require_ids(
-    index: int, sequence: np.ndarray, ids: np.ndarray, values: np.ndarray, width: int
-) -> None:
-    """Refuse arrays of another shape, and ids outside the vocabulary or named twice."""
-    if ids.shape != (len(sequence) - 1, width) or values.shape != ids.shape:
-        raise TeacherError(
-            f"sequence {index} has {len(sequence)} tokens, the teacher answered ids of shape "
-            f"{ids.shape} and values of shape {values.shape} where {width} a place were asked for"
-        )
-    used = values > -np.inf
-    known = (ids >= 0) & (ids < VOCAB_SIZE)
-    if not known.all():
-        place = int(np.flatnonzero(~known.all(axis=1))[0])
-        raise TeacherError(
-            f"the teacher named id {ids[place][~known[place]][0]} for token {place + 1} of "
-            f"sequence {index}, which is outside the vocabulary"
-        )
-    # Unused places hold the same id: numbers of their own keep them apart.
-    marked = np.sort(np.where(used, ids, -1 - np.arange(ids.shape[1])), axis=1)
-    twice = np.flatnonzero((marked[:, 1:] == marked[:, :-1]).any(axis=1))
-    if twice.size:
-        raise TeacherError(
-            f"the teacher named an id twice for token {int(twice[0]) + 1} of sequence {index}"
-        )
-
-
-def _require_top(
-    index: int, sequence: np.ndarray, ids: np.ndarray, values: np.ndarray, width: int
-) -> None:
-    """Refuse what is not the head of a distribution, the likeliest first."""
-    _require_ids(index, sequence, ids, values, width)
-    wrong = ~(np.isfinite(values) & (values <= MAX_LOGPROB_NATS)).all(axis=1)
-    wrong |= (values[:, 1:] > values[:, :-1]).any(axis=1)
-    wrong |= np.exp(values.astype(np.float64)).sum(axis=1) > 1 + _MASS_TOLERANCE
-    if wrong.any():
-        place = int(np.flatnonzero(wrong)[0])
-        raise TeacherError(
-            f"the teacher's likeliest log-probs for token {place + 1} of sequence {index} are not "
-            f"falling log-probs of a mass of at most one: {values[place][:4].tolist()}...",
-            hint="the teacher must answer log-probs at temperature 1, the likeliest first",
-        )
-
-
-def _require_agreement(
-    index: int,
-    sequence: np.ndarray,
-    logprobs: np.ndarray,
-    ids: np.ndarray,
-    values: np.ndarray,
-) -> None:
-    """Refuse top lists that belong to other places than the log-probs of the tokens."""
-    named = ids == np.asarray(sequence)[1:, None]
-    place, column = np.nonzero(named)
-    apart = np.abs(values[place, column] - logprobs[place])
-    allowed = 0.05 + 0.01 * np.abs(logprobs[place])  # a server may round one of the two
-    if (apart > allowed).any():
-        first = int(np.flatnonzero(apart > allowed)[0])
-        raise TeacherError(
-            f"the teacher gives token {place[first] + 1} of sequence {index} a log-prob of "
-            f"{logprobs[place[first]]:.4f}, and {values[place[first], column[first]]:.4f} among "
-            "its likeliest",
-            hint="the two lists of its answer speak of different places",
-        )
