@@ -216,8 +216,7 @@ def kernels() -> str:
             f"{found['date']}. Forward + backward, CUDA-graph replay, L2 flushed, medians and half "
             "the distance between the 10th and the 90th percentile. The peer is the fastest of "
             "those tried in the same run; grouped_mm computes no biases. GiB: at most, beyond "
-            "states and head (bar 4 for the head; measured while two chunks of logits were held, "
-            "of which there is one now)." + other_days(found),
+            "states and head (bar 4 for the head)." + other_days(found),
             table([*columns, "bound by"], lines),
             "GPU time by kernel, the longest of each, caches not flushed:",
             table(["of", "kernel", "calls", "us"], by_kernel),
@@ -232,7 +231,8 @@ def other_days(found: dict[str, Any]) -> str:
         if row["who"] == "ours" and row["measure"] in KERNELS and row["date"] != found["date"]:
             names = days.setdefault(row["date"], [])
             names += [row["measure"]] if row["measure"] not in names else []
-    return "".join(f" Measured on {day}: {'; '.join(names)}." for day, names in days.items())
+    said = "".join(f" Measured on {day}: {'; '.join(names)}." for day, names in days.items())
+    return said + (f" {found['note']}" if "note" in found else "")
 
 
 def losses() -> str:
@@ -254,7 +254,8 @@ def losses() -> str:
             "targets: 1.3 times cross-entropy. A loss on a teacher's states multiplies them with "
             "its head as well (width 2,880, the student's is 1,024): its floor is cross-entropy "
             "and that product alone, and no bar of 1.3 times cross-entropy can be met. Liger was "
-            "not installed there; the peer is cross-entropy in compiled, recomputed chunks.",
+            "not installed there; the peer is cross-entropy in compiled, recomputed chunks. GiB: "
+            "two chunks of logits were held then, as against one in the table of kernels.",
             table(columns, rows),
         ]
     )
@@ -269,9 +270,8 @@ def router_programs() -> str:
     return "\n\n".join(
         [
             f"## The router's programs, {found['tokens']:,} tokens",
-            "The table above was measured with four tokens and four warps; the kernels now take "
-            "two tokens for the choice and four for the rest, one warp each. All gave the same "
-            "choices.",
+            "The kernels take two tokens for the choice and four for the rest, one warp each. All "
+            "variants gave the same choices.",
             table(columns, rows),
         ]
     )

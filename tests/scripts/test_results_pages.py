@@ -21,6 +21,7 @@ def row(method: str, seed: int) -> dict:
         "method": method, "what": f"by {method}", "seed": seed, "train_s": 20.0 + seed,
         "kl_nats": KL[method] + 0.125 * seed, "loss": 6.0 + KL[method], "teacher_loss": 5.25,
         "teacher_entropy_nats": 4.5, "teacher_top64_mass": 0.625,
+        "steps": 72, "student_tokens": 1_500_000 + seed,
     }  # fmt: skip
 
 
@@ -39,13 +40,11 @@ def results(tmp_path):
             "teacher_on_train_text": {"teacher_loss": 3.25, "teacher_entropy_nats": 3.125},
             "state_bytes": 1_024,
         },
-        "rows": rows,
-        "failed": [
-            {"task": ["train", 1, "sampled"], "failed": "died"},
-            {"task": ["train", 0, "exact"], "failed": "out of memory, but not the second time"},
-        ],
+        "rows": rows, "failed": [],
     }  # fmt: skip
     (folder / "distillation-synth.json").write_text(json.dumps(found))
+    teacher = {"parameters": 1_234_567, "best": {"tokens": 7_654_321, "seconds": 90.25}}
+    (folder / "distillation-teacher.json").write_text(json.dumps(teacher))
     return folder
 
 
@@ -57,13 +56,32 @@ def test_real_rows_have_a_table_beside_anchors(results):
     assert "| frequencies of the labels | | 3.500 | 8.250 | | |" in text
     assert "| the teacher itself | | 0 | 5.250 | | |" in text
     assert "loss 3.250, entropy 3.125" in text and "hold 62 % of its mass" in text
-    assert "by exact; by bucket; by sampled; by renormalized; by confidence; by cross_entr" in text
+    assert "1,234,567 parameters; it read 7,654,321 tokens of the same train split in 90 s" in text
     assert "Not run" not in text
 
 
-def test_runs_that_failed_for_good_are_named(results):
+def test_real_rows_are_compared_with_the_frequencies_of_labels(results):
+    path = results / "distillation-synth.json"
+    found = json.loads(path.read_text())
+    found["anchors"]["unigram"]["kl_nats"] = 1.3
+    path.write_text(json.dumps(found))
+    text = distillation_page.distillation_text(results)
+    order = "by exact (0.81); by bucket (1.06); by sampled (1.25); by renormalized (1.56); by conf"
+    assert order in text
+    assert "labels (1.30): by exact (0.81) and by bucket (1.06) and by sampled (1.25)." in text
+    assert "The other 3 lie above, from 1.56 to 2.06; the seeds of one of them are up to" in text
+    assert "are up to 0.12 apart" in text
+
+
+def test_steps_that_a_live_teacher_did_not_speak_in_are_counted(results):
+    text = distillation_page.distillation_text(results)
+    assert "In the exact runs the teacher spoke in 50 of 72 steps, as on the demo" in text
+    assert "the teacher spoke in 360 to 361 of 515 to 516 steps" in text
+
+
+def test_runs_that_are_missing_are_named(results):
     lines = distillation_page.distillation_text(results).splitlines()
-    assert lines[-1] == "Failed: sampled of seed 1."
+    assert lines[-1] == "Missing: sampled of seed 1."
 
 
 def test_the_picture_has_a_panel_for_each_experiment(results, tmp_path):
@@ -76,13 +94,17 @@ def test_the_picture_has_a_panel_for_each_experiment(results, tmp_path):
 
 def test_packing_says_by_how_much_the_teacher_is_slower_at_most():
     plain = {
-        "codec": "logprob", "tokens": 1_000, "pieces": 2, "repetitions": 3, "bytes_per_label": 2.5,
-        "alone_tokens_per_s": 1_000, "asked_tokens_per_s": 990, "packed_tokens_per_s": 980,
-        "stored_tokens_per_s": 970, "packing_costs_pct": 1.0,
+        "codec": "logprob", "tokens": 1_000, "pieces": 4, "repetitions": 1, "bytes_per_label": 2.5,
+        "alone_tokens_per_s": 1_000, "packed_tokens_per_s": 980, "slower_packed_pct": 2.04,
+        "stored_tokens_per_s": 970, "slower_stored_pct": 12.25,
     }  # fmt: skip
-    dear = {"codec": "adaptive", "packed_tokens_per_s": 800, "packing_costs_pct": 3.25}
-    dear["labels_packed_per_s"] = 50_000
+    dear = {"codec": "adaptive", "packed_tokens_per_s": 960, "slower_packed_pct": 4.17}
+    dear |= {"labels_packed_per_s": 50_000, "slower_stored_pct": 4.5}
     found = {"device": "a GPU", "torch": "2", "date": "today", "layers": 24}
     text = teacher_packing({**found, "rows": [plain, plain | dear]}, table)
-    assert "slower by 25.0 % at most (bar 5), by 3.2 % for packing alone." in text
-    assert "| logprob | 2.5 | 1,000 | 990 | 980 | 2.041 | 1 | 970 | - |" in text
+    assert "slows the teacher by 4.2 % at most (adaptive; bar 5, met)." in text
+    assert "here one of 4. The whole stage takes 12.2 % longer at most (logprob)." in text
+    assert "| logprob | 2.5 | 1,000 | 980 | 2.04 | 970 | 12.25 | - |" in text
+    assert "once each way, so without a spread" in text
+    dear["slower_packed_pct"] = 5.1
+    assert "bar 5, missed" in teacher_packing({**found, "rows": [plain, plain | dear]}, table)
