@@ -31,6 +31,7 @@ from benchmarks.distillation_judge import anchors, judge
 CODECS: dict[str, dict[str, Any]] = {
     "logprob": {"kind": "logprob"},
     "top": {"kind": "set_coded"},
+    "prior": {"kind": "adaptive", "tail": "prior"},
     "sampled": {"kind": "sampled"},
 }
 HIDDEN = "hidden"
@@ -46,6 +47,11 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
         "forward KL, top-K renormalised",
         {"kind": "forward_kl", "tail": "renormalized"},
         "top",
+    ),
+    "prior": (
+        "forward KL, the tail by how often ids are labels",
+        {"kind": "forward_kl", "tail": "prior"},
+        "prior",
     ),
     "sampled": ("random-sampling targets", {"kind": "random_sampling"}, "sampled"),
     "exact": ("exact forward KL from states", {"kind": "forward_kl", "against": "hidden"}, HIDDEN),
@@ -180,7 +186,7 @@ def train(part: str, args: argparse.Namespace, seed: int, method: str) -> dict[s
         "valid": {"documents": 0},
     }
     if source == HIDDEN:
-        tree["teacher"] = settings["teacher"]
+        tree["teacher"], tree["targets"] = settings["teacher"], {"share": 1.0}
     else:
         path = settings["data"].parent / f"targets-{source}"
         tree["targets"] = {"path": str(path), "share": 1.0}

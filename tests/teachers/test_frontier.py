@@ -5,21 +5,32 @@ import torch
 
 from tests.teachers.codecs.made import distributions, through
 from vpmoe.teachers.codecs import Entries
+from vpmoe.teachers.codecs.adaptive import AdaptiveConfig
 from vpmoe.teachers.codecs.ranking import MOST, Ranking
 from vpmoe.teachers.codecs.set_coded import SetCodedConfig
-from vpmoe.teachers.frontier import GRID, joined, kl, measure, reference_of, squared_error
+from vpmoe.teachers.frontier import (
+    GRID,
+    Reference,
+    joined,
+    kl,
+    measure,
+    reference_of,
+    squared_error,
+)
 from vpmoe.vocabulary import VOCAB_SIZE
 
 TEACHER = distributions(12, seed=3)
 REFERENCE = reference_of(TEACHER.logprobs, torch.arange(VOCAB_SIZE), draws=50)
 
 
-def rebuilt(entries: Entries) -> torch.Tensor:
-    """The whole rebuilt distribution, the tail spread evenly."""
-    out = (entries.tail.double().exp() / (VOCAB_SIZE - entries.counts))[:, None]
-    out = out.repeat(1, VOCAB_SIZE)
+def rebuilt(entries: Entries, prior: torch.Tensor | None = None) -> torch.Tensor:
+    """The whole rebuilt distribution, the tail shared evenly or by a prior."""
+    shares = torch.ones(VOCAB_SIZE).double() if prior is None else prior.exp()
     used = entries.logprobs > -torch.inf
+    out = shares.repeat(len(entries), 1)
     row = torch.arange(len(out))[:, None].expand_as(used)
+    out[row[used], entries.ids[used]] = 0
+    out *= entries.tail.double().exp()[:, None] / out.sum(1, keepdim=True)
     out[row[used], entries.ids[used]] = entries.logprobs.double().exp()[used]
     return out
 
@@ -30,6 +41,48 @@ def test_errors_are_those_of_the_whole_distribution(k):
     torch.testing.assert_close(kl(REFERENCE, entries), TEACHER.kl(entries), atol=1e-9, rtol=1e-9)
     dense = (rebuilt(entries) - TEACHER.logprobs.exp()).square().sum(1)
     torch.testing.assert_close(squared_error(REFERENCE, entries), dense, atol=1e-9, rtol=1e-5)
+
+
+def test_errors_beside_a_prior_are_those_of_the_whole_distribution():
+    """What is beyond the ids that are held is told by draws: all are held but 2e-6 of the mass."""
+    counts = torch.zeros(VOCAB_SIZE, dtype=torch.int64)
+    sharp = torch.log_softmax(3 * TEACHER.logprobs, dim=1)
+    reference = reference_of(sharp, torch.arange(VOCAB_SIZE))
+    counts[reference.ids[:, :30].flatten()] = torch.arange(1, 361) ** 2
+    codec = AdaptiveConfig(tail="prior", worth_nats=3e-3).build()
+    codec = codec.ranked_by(Ranking.of_counts(counts))
+    entries = through(codec, reference.top(256))
+    prior = codec.prior(torch.device("cpu"))
+    dense = (sharp.exp() * (sharp - rebuilt(entries, prior).log())).sum(1)
+    torch.testing.assert_close(kl(reference, entries, prior), dense, atol=5e-4, rtol=1e-3)
+    dense = (rebuilt(entries, prior) - sharp.exp()).square().sum(1)
+    torch.testing.assert_close(
+        squared_error(reference, entries, prior), dense, atol=1e-7, rtol=1e-4
+    )
+
+
+def test_a_reference_of_the_likeliest_alone_takes_the_rest_for_uniform_beside_a_prior_too():
+    top = REFERENCE.top(64)
+    mass = REFERENCE.logprobs[:, :64].exp()
+    spread = ((1 - mass.sum(1)) / (VOCAB_SIZE - 64)).log()
+    even = spread[:, None].repeat(1, VOCAB_SIZE).scatter(1, top.ids, REFERENCE.logprobs[:, :64])
+    narrow = Reference(
+        entropy=-(even.exp() * even).sum(1),
+        squares=even.exp().square().sum(1),
+        ids=top.ids,
+        logprobs=REFERENCE.logprobs[:, :64],
+        drawn_ids=torch.zeros(len(top), 0, dtype=torch.int64),
+        drawn_logprobs=torch.zeros(len(top), 0, dtype=torch.float64),
+        vocab=VOCAB_SIZE,
+        exact=False,
+    )
+    counts = torch.arange(VOCAB_SIZE).flip(0) // 50
+    codec = AdaptiveConfig(k=64, tail="prior", worth_nats=1e-2).build()
+    codec = codec.ranked_by(Ranking.of_counts(counts))
+    entries = through(codec, top)
+    prior = codec.prior(torch.device("cpu"))
+    dense = (even.exp() * (even - rebuilt(entries, prior).log())).sum(1)
+    torch.testing.assert_close(kl(narrow, entries, prior), dense, atol=1e-6, rtol=1e-6)
 
 
 def test_drawn_ids_have_the_error_of_their_frequencies():

@@ -54,7 +54,7 @@ def test_a_shard_explains_its_own_ids(tmp_path):
     manifest = write(tmp_path)
     (file,) = tmp_path.glob("*.arrow")
     assert header_of(file)["ranking_sha256"] == OURS.sha256 == manifest["header"]["ranking_sha256"]
-    assert manifest["ranking_bytes"] == Shard(file).ranking_bytes == 7
+    assert manifest["ranking_bytes"] == Shard(file).ranking_bytes == 10
     found = TargetStore(tmp_path).entries(["s"])
     for row, count in enumerate(found.counts.tolist()):
         assert sorted(found.ids[row, :count].tolist()) == sorted(TOP.ids[row, :count].tolist())

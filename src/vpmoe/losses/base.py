@@ -17,7 +17,7 @@ CONTENT_PREFIX = "content_"
 CONTENT_TOKENS = CONTENT_PREFIX + TOKENS
 SQUARED_SUFFIX = "_squared"
 
-_WHOLE = ("head_weight", "teacher_head")  # of all rows, not one per row
+_WHOLE = ("head_weight", "teacher_head", "target_prior")  # of all rows, not one per row
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class LossInputs:
         teacher_head: The teacher's output embedding, rows as in `head_weight`, no grad.
         target_cap: Log of the largest probability that an id outside `target_ids` may have under
             the teacher; only for the bound that is logged.
+        target_prior: Log-probs, one per row of `head_weight`, by which ids outside `target_ids`
+            share `target_tail`.
         row_weights: Factor of each label's loss; absent = 1.
         student_states: Of the layers that the loss asked for, with grad when training.
         teacher_states: Of the layers they are compared with, no grad.
@@ -57,6 +59,7 @@ class LossInputs:
     teacher_hidden: Float[Tensor, "rows teacher_dim"] | None = None
     teacher_head: Float[Tensor, "vocab teacher_dim"] | None = None
     target_cap: Float[Tensor, " rows"] | None = None
+    target_prior: Float[Tensor, " vocab"] | None = None
     row_weights: Float[Tensor, " rows"] | None = None
     student_states: Float[Tensor, "rows layers dim"] | None = None
     teacher_states: Float[Tensor, "rows layers teacher_dim"] | None = None
@@ -208,6 +211,42 @@ class StatelessLoss:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state_dict` gave."""
         del state
+
+
+class WrappedLoss:
+    """Another loss with something done to its batches or rows; its state is the other's.
+
+    Args:
+        loss: The other one.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+        self.needs, self.layers = loss.needs, loss.layers
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch as the other loss wants it."""
+        return self._loss.prepare(batch)
+
+    def __call__(self, inputs: LossInputs, span_scales: Float[Tensor, " span"]) -> LossOutput:
+        """Sums and counts of one micro-batch, with the scalar to differentiate."""
+        return self._loss(inputs, span_scales)
+
+    def own_gradients(self) -> dict[str, Tensor]:
+        """Of the loss's own parameters."""
+        return self._loss.own_gradients()
+
+    def after_step(self, sums: Mapping[str, Tensor]) -> None:
+        """Let the loss learn from a whole step's sums."""
+        self._loss.after_step(sums)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the loss."""
+        return self._loss.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+        self._loss.load_state_dict(state)
 
 
 def sum_by_span(

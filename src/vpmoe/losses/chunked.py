@@ -17,6 +17,7 @@ from vpmoe.head import CHUNK_ROWS
 from vpmoe.losses.base import LossInputs
 
 STUDENT_LOGPROBS = "student_logprobs"
+_HEAD_ROWS = 16_384  # of the head that are widened together
 
 LabelLossFunction = Callable[[Tensor, LossInputs], Tensor]
 """(student_logprobs with grad, rows) -> loss of each row, in plain differentiable PyTorch."""
@@ -30,11 +31,44 @@ class RowResult:
         values: Loss of each row.
         extras: Further numbers of each row, by name; without grad.
         grad_logits: coefficient x d value / d logits, or None when no gradient was asked for.
+        grad_along: What is to be added of a `Direction` to each row of `grad_logits`, if any.
     """
 
     values: Float[Tensor, " chunk"]
     extras: dict[str, Float[Tensor, " chunk"]]
     grad_logits: Float[Tensor, "chunk vocab"] | None
+    grad_along: Float[Tensor, " chunk"] | None = None
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A vector over the vocabulary that is part of every row's gradient, kept out of the chunks.
+
+    Along it the logits are one number a row, `hidden @ state`, and a gradient is one number a row
+    too: the head's gradient gets an outer product, the states' a multiple of `state`.
+
+    Attributes:
+        weights: One per row of the head.
+        state: weights @ head, in the type that losses are computed in.
+    """
+
+    weights: Float[Tensor, " vocab"]
+    state: Float[Tensor, " dim"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, weights: Float[Tensor, " vocab"], head: Float[Tensor, "vocab dim"]) -> "Direction":
+        """The same with its state; a head in half precision is multiplied without rounding."""
+        if head.dtype.itemsize >= 4:
+            weights = weights.to(head.dtype)
+            return cls(weights, weights @ head)
+        weights = weights.float()
+        parts = zip(weights.split(_HEAD_ROWS), head.split(_HEAD_ROWS), strict=True)
+        return cls(weights, torch.stack([part @ rows.float() for part, rows in parts]).sum(0))
+
+    def along(self, hidden: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
+        """The logits' product with `weights`."""
+        return hidden.to(self.state.dtype) @ self.state
 
 
 @runtime_checkable
@@ -116,6 +150,7 @@ def chunked_loss(
     row_function: RowFunction,
     *,
     chunk_rows: int = CHUNK_ROWS,
+    direction: Direction | None = None,
 ) -> ChunkedResult:
     """Sum of coefficient x row loss over a linear head, with gradients taken in the forward.
 
@@ -129,6 +164,7 @@ def chunked_loss(
         coefficients: Factor of each row in the total, e.g. w_c / N_c of its span; no grad.
         row_function: Loss and gradient of a chunk given its logits.
         chunk_rows: Rows whose logits are held together; any value gives the same result.
+        direction: What `RowResult.grad_along` counts in.
 
     References:
         Hsu et al., "Liger Kernel" (2024), arXiv:2410.10989. Difference: coefficients per row, any
@@ -158,6 +194,8 @@ def chunked_loss(
                 hidden_grad[rows] = grad_logits @ head_weight
             if head_grad is not None:
                 _add_product(head_grad, grad_logits.T, hidden[rows])
+            if direction is not None and result.grad_along is not None:
+                _add_along(direction, result.grad_along, hidden, rows, hidden_grad, head_grad)
             del logits, result, grad_logits  # or the next chunk's would need memory beside them
         values = torch.cat([values for values, _ in results])
         extras = {
@@ -167,6 +205,21 @@ def chunked_loss(
     if with_grad:
         total = _WithGradients.apply(total, hidden, head_weight, hidden_grad, head_grad)
     return ChunkedResult(total, values, extras)
+
+
+def _add_along(
+    direction: Direction,
+    grad: Float[Tensor, " chunk"],
+    hidden: Tensor,
+    rows: slice,
+    hidden_grad: Tensor | None,
+    head_grad: Tensor | None,
+) -> None:
+    """The part of a chunk's gradients that lies along the direction."""
+    if hidden_grad is not None:
+        hidden_grad[rows] += torch.outer(grad, direction.state).to(hidden_grad.dtype)
+    if head_grad is not None:
+        head_grad.addr_(direction.weights, grad @ hidden[rows].to(grad.dtype))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

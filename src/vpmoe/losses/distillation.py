@@ -95,14 +95,18 @@ class StoredDistillation(TargetLoss):
 
     def row_losses(self, student: StudentScores, rows: LossInputs) -> Float[Tensor, " rows"]:
         """Divergence and cross-entropy of each row, weighted."""
-        assert rows.target_logprobs is not None and rows.target_tail is not None
-        values = self.config.between_targets(
-            rows.target_logprobs, rows.target_tail, student.entries, student.tail
-        )
+        values = self.divergences(student, rows)
         share, scale = self.config.label_weight, self.config.temperature**2
         if share or scale != 1:
             values = (1 - share) * scale * values
         return values - share * student.label if share else values
+
+    def divergences(self, student: StudentScores, rows: LossInputs) -> Float[Tensor, " rows"]:
+        """The divergence of each row."""
+        assert rows.target_logprobs is not None and rows.target_tail is not None
+        return self.config.between_targets(
+            rows.target_logprobs, rows.target_tail, student.entries, student.tail
+        )
 
 
 class ExactDistillation(RowLoss):

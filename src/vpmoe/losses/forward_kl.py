@@ -8,8 +8,10 @@ from torch import Tensor
 
 from vpmoe.losses.distillation import DistillationConfig
 from vpmoe.losses.divergences import forward_kl
+from vpmoe.losses.prior_tail import PriorDistillation
+from vpmoe.losses.rows import RowLoss
 
-Tail = Literal["bucket", "renormalized", "unnormalized", "renormalized_both"]
+Tail = Literal["bucket", "prior", "renormalized", "unnormalized", "renormalized_both"]
 
 
 class ForwardKLConfig(DistillationConfig):
@@ -17,8 +19,10 @@ class ForwardKLConfig(DistillationConfig):
 
     kind: Literal["forward_kl"] = "forward_kl"
     tail: Tail = "bucket"
-    """Mass without entry: a class of its own, spread over the entries, left out, or left out twice.
+    """Mass without entry: a class of its own, or what `prior`, `renormalized` and so on say.
 
+    `prior` shares it among all other ids by how often each is a label, which the store's codec must
+    have known (adaptive with tail = prior): the student learns from a whole distribution.
     `renormalized` makes the teacher's entries sum to one, which leaves a student over-confident;
     `unnormalized` drops the tail's term, so that values may be negative; `renormalized_both` is
     refused.
@@ -37,6 +41,15 @@ class ForwardKLConfig(DistillationConfig):
                 "whole distribution; leave tail out"
             )
         return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a batch must bring."""
+        return PriorDistillation.needs if self.tail == "prior" else super().needs
+
+    def build(self) -> RowLoss:
+        """The loss."""
+        return PriorDistillation(self) if self.tail == "prior" else super().build()
 
     @property
     def kernel(self) -> tuple[str, float]:

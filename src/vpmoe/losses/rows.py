@@ -9,6 +9,7 @@ from vpmoe.head import CHUNK_ROWS
 from vpmoe.losses.base import LossInputs, LossOutput, StatelessLoss, output_of
 from vpmoe.losses.chunked import (
     STUDENT_LOGPROBS,
+    Direction,
     RowFunction,
     chunked_loss,
     label_metrics,
@@ -30,6 +31,10 @@ class RowLoss(StatelessLoss, ABC):
     def row_function(self, rows: LossInputs) -> RowFunction:
         """What is done with a chunk of the rows' logits."""
 
+    def parts(self, rows: LossInputs) -> tuple[RowFunction, Direction | None]:
+        """The row function, and the direction that its gradients may have besides."""
+        return self.row_function(rows), None
+
     def row_metrics(
         self,
         student_logprobs: Float[Tensor, " rows"],
@@ -44,12 +49,14 @@ class RowLoss(StatelessLoss, ABC):
         """Sums and counts of one micro-batch, with the scalar to differentiate."""
         inputs.require(self.needs)
         rows = inputs.trained()
+        row_function, direction = self.parts(rows)
         result = chunked_loss(
             rows.hidden,
             rows.head_weight,
             rows.coefficients(span_scales),
-            self.row_function(rows),
+            row_function,
             chunk_rows=self.chunk_rows,
+            direction=direction,
         )
         extras = dict(result.extras)
         logprobs = extras.pop(STUDENT_LOGPROBS)

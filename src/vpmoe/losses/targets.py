@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vpmoe.head import CHUNK_ROWS
 from vpmoe.losses.base import LossInputs
-from vpmoe.losses.chunked import STUDENT_LOGPROBS, RowFunction, RowResult
+from vpmoe.losses.chunked import STUDENT_LOGPROBS, Direction, RowFunction, RowResult
 from vpmoe.losses.divergences import forward_kl
 from vpmoe.losses.rows import RowLoss
 from vpmoe.losses.tails import stored_tail, unseen_kl_bound
@@ -31,11 +31,14 @@ class StudentScores:
         label: Of the label, at temperature 1.
         entries: Of each entry, at the loss's temperature; -inf in unused places.
         tail: Of all ids without an entry together, at the loss's temperature.
+        along: Sum over the vocabulary of a direction's weights times the log-probs, at the loss's
+            temperature; None without a direction. The weights add up to one.
     """
 
     label: Float[Tensor, " rows"]
     entries: Float[Tensor, "rows entries"]
     tail: Float[Tensor, " rows"]
+    along: Float[Tensor, " rows"] | None = None
 
 
 TargetLossFunction = Callable[[StudentScores, LossInputs], Tensor]
@@ -89,18 +92,21 @@ def target_row_function(
     loss_function: TargetLossFunction,
     *,
     temperature: float = 1.0,
+    direction: Direction | None = None,
 ) -> RowFunction:
     r"""Row function of a loss that sees the student's entries, tail and label.
 
     With slopes :math:`g_i` of the entries and :math:`g_T` of the tail, G their sum, T the
     temperature and :math:`\tilde p` the distribution among ids without entry, the gradient is
     :math:`(g_i - p_i G) / T` at an entry and :math:`\tilde p_j (g_T - r_S G) / T` elsewhere:
-    nothing is divided by a small tail, and none is found by subtraction from 1.
+    nothing is divided by a small tail, and none is found by subtraction from 1. The slope along a
+    direction is part of G, and that many times 1 / T of the direction comes on top.
 
     Args:
         inputs: The rows that the chunks are taken from; each id at most once per row.
         loss_function: Loss of each row.
         temperature: Divides the logits before the entries' and the tail's log-probs are taken.
+        direction: What `StudentScores.along` is measured by.
 
     References:
         own; "Stored targets" in docs/losses.md.
@@ -116,7 +122,8 @@ def target_row_function(
         read = _read_on_gpu if on_gpu else read_reference
         found = read(logits, *places, power=power)
         norm = torch.logaddexp(found.rest, found.entries.logsumexp(dim=1))
-        scores = _scores(found, norm, power)
+        along = None if direction is None else direction.along(chunk.hidden)
+        scores = _scores(found, norm, power, along)
         # Kept for `target_metrics`, which looks at all rows at once: a chunk costs launches.
         extras = {STUDENT_LOGPROBS: scores.label}
         extras |= {"entries": found.entries, "rest": found.rest, "least": found.least, "norm": norm}
@@ -125,7 +132,9 @@ def target_row_function(
         values, slopes = _values_and_slopes(scores, chunk, loss_function)
         writing = _writing(found, norm, scores, slopes, coefficients, power)
         write = _write_on_gpu if on_gpu else write_reference
-        return RowResult(values, extras, write(logits, *places, writing, power=power))
+        slope = None if scores.along is None else slopes[-1]
+        on_top = None if slope is None else power * coefficients * slope
+        return RowResult(values, extras, write(logits, *places, writing, power=power), on_top)
 
     return function
 
@@ -153,7 +162,7 @@ def _places(chunk: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
     return chunk.target_ids, chunk.target_logprobs > -torch.inf, chunk.labels
 
 
-def _scores(found: Reading, norm: Tensor, power: float) -> StudentScores:
+def _scores(found: Reading, norm: Tensor, power: float, along: Tensor | None) -> StudentScores:
     entries, cool_norm = found.entries, norm
     if power != 1:
         entries = power * found.entries
@@ -162,6 +171,7 @@ def _scores(found: Reading, norm: Tensor, power: float) -> StudentScores:
         label=found.label - norm,
         entries=entries - cool_norm[:, None],
         tail=found.cool_rest - cool_norm,
+        along=None if along is None else power * along - cool_norm,
     )
 
 
@@ -197,9 +207,13 @@ def target_metrics(
 def _values_and_slopes(
     scores: StudentScores, chunk: LossInputs, loss_function: TargetLossFunction
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Loss of each row, and its derivatives by label, entries and tail; None where it read none."""
+    """Loss of each row, and its derivatives by what it read: None where it read none."""
     with torch.enable_grad():
-        leaves = {name: value.detach().requires_grad_() for name, value in vars(scores).items()}
+        leaves = {
+            name: value.detach().requires_grad_()
+            for name, value in vars(scores).items()
+            if value is not None
+        }
         values = loss_function(StudentScores(**leaves), chunk)
         slopes = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
     return values.detach(), list(slopes)
@@ -214,13 +228,15 @@ def _writing(
     power: float,
 ) -> Writing:
     """The chain rule from what was read of the student to its logits."""
-    label_slopes, entry_slopes, tail_slopes = slopes
+    label_slopes, entry_slopes, tail_slopes, *along_slopes = slopes
     zeros = torch.zeros_like(norm)
     if entry_slopes is None:
         entry_slopes = torch.zeros_like(scores.entries)
     tail_slopes = zeros if tail_slopes is None else tail_slopes
     shares = scores.entries.exp()
-    entries_total = entry_slopes.sum(dim=1)
+    entries_total = entry_slopes.sum(dim=1)  # and what comes on top: all but the tail's
+    if along_slopes and along_slopes[0] is not None:
+        entries_total = entries_total + along_slopes[0]
     cool = power * coefficients
     total = entries_total + tail_slopes
     entries = cool[:, None] * (entry_slopes - shares * total[:, None])

@@ -1,6 +1,5 @@
 """A teacher in this process that reads each micro-batch just before the student's loss needs it."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,12 +11,13 @@ from torch import Tensor
 from vpmoe.batch import Batch
 from vpmoe.errors import DataError
 from vpmoe.losses import Loss, LossInputs, LossOutput
+from vpmoe.losses.base import WrappedLoss
 from vpmoe.models.student import Student
 from vpmoe.teachers.base import TEACHER_HIDDEN
 from vpmoe.teachers.local import LocalTeacher
 
 
-class TaughtLoss:
+class TaughtLoss(WrappedLoss):
     """A loss whose batches bring no states of the teacher: it is asked as they come.
 
     Args:
@@ -31,18 +31,17 @@ class TaughtLoss:
     """
 
     def __init__(self, loss: Loss, teacher: LocalTeacher, student: Student) -> None:
-        self._loss = loss
+        super().__init__(loss)
         self._teacher = teacher
         self._head = head_of(teacher, student) if TEACHER_HIDDEN in loss.needs else None
         self._teacher_layers: tuple[int, ...] = getattr(loss, "teacher_layers", ())
-        self.layers = loss.layers
         self.needs = loss.needs - {TEACHER_HIDDEN, "teacher_head", "teacher_states"}
         _require_layers("student", self.layers, student.config.num_layers)
         _require_layers("teacher", self._teacher_layers, teacher.num_layers)
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with the teacher's states at every token of a document, from one forward."""
-        batch = self._loss.prepare(batch)
+        batch = super().prepare(batch)
         if not self._teacher_layers:
             return replace(batch, teacher_hidden=states_of(self._teacher, batch))
         layers = self._teacher_layers
@@ -55,23 +54,7 @@ class TaughtLoss:
     def __call__(self, inputs: LossInputs, span_scales: Float[Tensor, " span"]) -> LossOutput:
         """Sums and counts of one micro-batch, with the scalar to differentiate."""
         head = None if self._head is None else self._head.to(inputs.hidden.device)
-        return self._loss(replace(inputs, teacher_head=head), span_scales)
-
-    def own_gradients(self) -> dict[str, Tensor]:
-        """Of the loss's own parameters."""
-        return self._loss.own_gradients()
-
-    def after_step(self, sums: Mapping[str, Tensor]) -> None:
-        """Let the loss learn from a whole step's sums."""
-        self._loss.after_step(sums)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the loss."""
-        return self._loss.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state_dict` gave."""
-        self._loss.load_state_dict(state)
+        return super().__call__(replace(inputs, teacher_head=head), span_scales)
 
 
 def head_of(teacher: LocalTeacher, student: Student) -> Float[Tensor, "rows teacher_dim"]:

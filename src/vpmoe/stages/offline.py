@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
+from jaxtyping import Float
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from vpmoe.batch import Batch
 from vpmoe.config import Config
@@ -15,7 +18,15 @@ from vpmoe.data.dataset import Dataset
 from vpmoe.data.loader import PackedLoader
 from vpmoe.data.mixture import anchors_before, uses_anchor
 from vpmoe.errors import DataError
-from vpmoe.losses import ConfidenceWeightedConfig, CrossEntropyConfig, Loss, OfflineLossConfig
+from vpmoe.losses import (
+    ConfidenceWeightedConfig,
+    CrossEntropyConfig,
+    Loss,
+    LossInputs,
+    LossOutput,
+    OfflineLossConfig,
+)
+from vpmoe.losses.base import WrappedLoss
 from vpmoe.losses.states import StateMatch, StateMatchConfig
 from vpmoe.models.student import Student
 from vpmoe.stages.base import (
@@ -190,7 +201,10 @@ class Offline(Plan):
             store = open_targets(Path(given.path), self._dataset)
             targets = _distributions(store, self._config.loss.build())
             loader = self._loader(scores=store, targets=targets, only=frozenset(store))
-            streams.append(Stream(loader, self._loss(student), first_step))
+            loss = self._loss(student)
+            if targets is not None and targets.codec.tail == "prior":
+                loss = SharedTail(loss, targets.codec, student)
+            streams.append(Stream(loader, loss, first_step))
             headers.append(store.header)
             a_step = self._tokens_a_step(loader.fill_rate)
             first_step += math.ceil((given.until_tokens - before) / a_step)
@@ -233,6 +247,30 @@ class Offline(Plan):
             stream.loss.load_state_dict(kept)
 
 
+class SharedTail(WrappedLoss):
+    """A loss whose rows are told by which prior the ids without an entry share the tail.
+
+    Args:
+        loss: Reads `target_prior`.
+        codec: Of the store, which knows it.
+        student: Whose vocabulary it is cut to.
+    """
+
+    def __init__(self, loss: Loss, codec: Codec, student: Student) -> None:
+        super().__init__(loss)
+        rows = torch.arange(student.config.num_rows, device=student.head_weight.device)
+        ids = student.ids_of(rows)
+        prior = codec.prior(ids.device)
+        assert prior is not None  # its tail is the prior's
+        self._prior = prior[ids].log_softmax(dim=0)
+
+    def __call__(self, inputs: LossInputs, span_scales: Float[Tensor, " span"]) -> LossOutput:
+        """Sums and counts of one micro-batch, with the scalar to differentiate."""
+        # Ids without an entry may be likelier than those with one: no cap is known.
+        given = replace(inputs, target_prior=self._prior.to(inputs.hidden.device), target_cap=None)
+        return super().__call__(given, span_scales)
+
+
 def _distributions(store: TargetStore, loss: Loss) -> TargetStore | None:
     """The store, where the loss reads distributions from it.
 
@@ -255,6 +293,14 @@ def _require_served(path: Path, codec: Codec, loss: Loss) -> None:
         raise DataError(
             f"the loss needs distributions, and target store {path} holds log-probs alone",
             hint="score again with codec.kind = set_coded, or choose another loss",
+        )
+    if (codec.tail == "prior") != ("target_prior" in loss.needs):
+        held, given = ("a prior", "its default") if codec.tail == "prior" else ("no prior", "prior")
+        raise DataError(
+            f"loss.tail is {given}, and the ids of target store {path} were chosen with {held} "
+            "for the rest",
+            hint="loss.kind = forward_kl with tail = prior goes with codec.kind = adaptive with "
+            "tail = prior, and neither without the other",
         )
     drawn = codec.needs == "draws"
     if drawn != getattr(loss, "drawn", False):

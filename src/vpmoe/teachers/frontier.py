@@ -32,6 +32,10 @@ GRID: tuple[tuple[str, str, Any], ...] = (
         for worth in (0.1, 0.03, 0.01, 0.005, 0.003, 0.001, 0.0003)
     ),
     *(
+        ("adaptive, prior", f"prior {worth:g}", AdaptiveConfig(worth_nats=worth, tail="prior"))
+        for worth in (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+    ),
+    *(
         ("DistillKit", name, DistillKitConfig.model_validate(settings))
         for name, settings in (
             (RECOMMENDED, _RECOMMENDED),
@@ -129,8 +133,8 @@ class Point:
         name: The setting.
         codec: All settings.
         bytes_per_token: The token's own log-prob included.
-        kl_nats: Mean KL(teacher || rebuilt), what is not named spread evenly over all other ids;
-            None for drawn ids, which leave nothing for them.
+        kl_nats: Mean KL(teacher || rebuilt), what is not named spread over all other ids as the
+            codec says; None for drawn ids, which leave nothing for them.
         gradient_error: Root of the mean squared error that a cross-entropy's gradient at the
             logits gets from the rebuilt distribution.
         unbiased: Whether that error is zero on average over draws.
@@ -186,22 +190,70 @@ def _measured(
     columns = codec.encode(entries, places)
     seconds = time.perf_counter() - begin
     rebuilt = codec.decode({key: column.data for key, column in columns.items()}, places)
+    prior = codec.prior(rebuilt.ids.device)
     return Point(
         family=family,
         name=name,
         codec=config.model_dump(mode="json"),
         bytes_per_token=LOGPROB_BYTES
         + sum(len(column.data) for column in columns.values()) / len(reference),
-        kl_nats=None if drawn else float(kl(reference, rebuilt).mean()),
-        gradient_error=float(squared_error(reference, rebuilt).mean().sqrt()),
+        kl_nats=None if drawn else float(kl(reference, rebuilt, prior).mean()),
+        gradient_error=float(squared_error(reference, rebuilt, prior).mean().sqrt()),
         unbiased=drawn,
         entries=float(rebuilt.counts.float().mean()),
         packed_per_s=len(reference) / seconds,
     )
 
 
-def kl(reference: Reference, rebuilt: Entries) -> Float64[Tensor, " places"]:
-    """KL(teacher || rebuilt) of each place, the tail spread evenly over the ids not named.
+class TailShares:
+    """How a rebuilt distribution shares its tail, against what the teacher has there.
+
+    Args:
+        reference: The teacher.
+        rebuilt: Of its places.
+        prior: Log-prob of every id by which those without a name share; None = evenly.
+
+    Attributes:
+        log_scale: Log of what one unit of the prior gets.
+        teacher_log_prior: The teacher's mean of the prior's logarithm over these ids.
+        teacher_prior: The same of the prior.
+        prior_squares: Sum of the prior's squares over them.
+    """
+
+    def __init__(self, reference: Reference, rebuilt: Entries, prior: Tensor | None) -> None:
+        true, used = _true_logprobs(reference, rebuilt)
+        mass = true.exp().where(used, 0.0)
+        others = (reference.vocab - used.sum(1)).clamp_min(1)
+        if prior is None:
+            left = (1.0 - mass.sum(1)).clamp_min(0.0)
+            self.log_scale = rebuilt.tail.double() - others.log()
+            self.teacher_log_prior, self.teacher_prior = 0.0 * left, left
+            self.prior_squares = others.double()
+        else:
+            own = prior[rebuilt.ids].where(used, -torch.inf)
+            self.log_scale = rebuilt.tail.double() - (-torch.expm1(own.logsumexp(1))).log()
+            named = (mass * own.where(used, 0.0)).sum(1), (mass * own.exp()).sum(1)
+            self.teacher_log_prior = _mean_of(reference, prior) - named[0]
+            self.teacher_prior = _mean_of(reference, prior.exp()) - named[1]
+            self.prior_squares = prior.exp().square().sum() - own.exp().square().sum(1)
+
+
+def _mean_of(reference: Reference, values: Float64[Tensor, " vocab"]) -> Float64[Tensor, " places"]:
+    """The teacher's mean of a function of the id: its likeliest ids exactly, the rest as drawn."""
+    likeliest = (reference.logprobs.exp() * values[reference.ids]).sum(1)
+    if not reference.drawn_ids.shape[1]:  # of a reference that takes the rest for uniform
+        others = (values.sum() - values[reference.ids].sum(1)) / (
+            len(values) - reference.ids.shape[1]
+        )
+        return likeliest + (1.0 - reference.logprobs.exp().sum(1)).clamp_min(0.0) * others
+    known = (reference.drawn_ids[:, :, None] == reference.ids[:, None, :]).any(2)
+    return likeliest + values[reference.drawn_ids].masked_fill(known, 0.0).mean(1)
+
+
+def kl(
+    reference: Reference, rebuilt: Entries, prior: Float64[Tensor, " vocab"] | None = None
+) -> Float64[Tensor, " places"]:
+    """KL(teacher || rebuilt) of each place, ids without a name by their prior, or evenly.
 
     References:
         own; J.4 of docs/losses.md has the tail.
@@ -209,13 +261,15 @@ def kl(reference: Reference, rebuilt: Entries) -> Float64[Tensor, " places"]:
     true, used = _true_logprobs(reference, rebuilt)
     mass = true.exp().where(used, 0.0)
     named = (mass * rebuilt.logprobs.double().where(used, 0.0)).sum(1)
-    others = (reference.vocab - used.sum(1)).clamp_min(1)
     left = (1.0 - mass.sum(1)).clamp_min(0.0)
-    tail = left * (rebuilt.tail.double().clamp_min(-1e4) - others.log())
-    return -reference.entropy - named - tail
+    tail = TailShares(reference, rebuilt, prior)
+    rest = left * tail.log_scale.clamp_min(-1e4) + tail.teacher_log_prior
+    return -reference.entropy - named - rest
 
 
-def squared_error(reference: Reference, rebuilt: Entries) -> Float64[Tensor, " places"]:
+def squared_error(
+    reference: Reference, rebuilt: Entries, prior: Float64[Tensor, " vocab"] | None = None
+) -> Float64[Tensor, " places"]:
     """Squared distance of the rebuilt distribution from the teacher's.
 
     A cross-entropy's gradient at the logits is student minus target, so that this is the squared
@@ -227,11 +281,10 @@ def squared_error(reference: Reference, rebuilt: Entries) -> Float64[Tensor, " p
     true, used = _true_logprobs(reference, rebuilt)
     mass = true.exp().where(used, 0.0)
     named = (mass - rebuilt.logprobs.double().exp()).square().where(used, 0.0).sum(1)
-    others = (reference.vocab - used.sum(1)).clamp_min(1)
-    even = rebuilt.tail.double().exp() / others
     rest = (reference.squares - mass.square().sum(1)).clamp_min(0.0)
-    left = (1.0 - mass.sum(1)).clamp_min(0.0)
-    return named + rest - 2 * even * left + others * even.square()
+    tail = TailShares(reference, rebuilt, prior)
+    scale = tail.log_scale.exp()
+    return named + rest - 2 * scale * tail.teacher_prior + scale.square() * tail.prior_squares
 
 
 def _true_logprobs(reference: Reference, rebuilt: Entries) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.teachers.codecs.made import distributions, size, through
-from vpmoe.errors import DataError
+from vpmoe.config import validate
+from vpmoe.errors import ConfigError, DataError
 from vpmoe.teachers.codecs import Entries, fitted
 from vpmoe.teachers.codecs.adaptive import AdaptiveConfig
 from vpmoe.teachers.codecs.base import tail_of
 from vpmoe.teachers.codecs.ranking import Ranking
 from vpmoe.teachers.codecs.set_coded import SetCodedConfig
-from vpmoe.teachers.codecs.worth import kept
+from vpmoe.teachers.codecs.worth import departures, kept
 from vpmoe.vocabulary import VOCAB_SIZE
 
 TEACHER = distributions(24)
@@ -115,6 +116,43 @@ def test_without_a_ranking_nothing_is_packed_or_unpacked():
     columns = {n: c.data for n, c in adaptive(k=16).encode(TEACHER.top(16), places).items()}
     with pytest.raises(DataError, match="the ranking of the ids is not there"):
         codec.decode(columns, places)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(0, 2**31), st.floats(0.01, 30))
+def test_any_distribution_comes_back_beside_a_prior(k, places, seed, spread):
+    rng = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(places, k + 1, generator=rng)
+    logprobs = logits.log_softmax(1)[:, :-1].sort(1, descending=True).values
+    ids = torch.stack([torch.randperm(VOCAB_SIZE, generator=rng)[:k] for _ in range(places)])
+    top = Entries(ids, logprobs, tail_of(logprobs))
+    counts = torch.zeros(VOCAB_SIZE, dtype=torch.int64)
+    counts[ids.flatten()[: 3 * places]] = torch.randint(
+        1, 10**6, (len(ids.flatten()[: 3 * places]),), generator=rng
+    )
+    codec = adaptive(Ranking.of_counts(counts), k=k, worth_nats=1e-2, tail="prior", fine_bits=4)
+    out = through(codec, top, [places // 2, 0, places - places // 2])
+    prior = codec.prior(torch.device("cpu"))
+    named, left = departures(top, worth_nats=1e-2, prior=prior)
+    assert torch.equal(out.counts, named.sum(1))
+    for row in range(places):
+        true = dict(zip(ids[row][named[row]].tolist(), logprobs[row][named[row]], strict=True))
+        used = out.logprobs[row] > -torch.inf
+        found = dict(zip(out.ids[row][used].tolist(), out.logprobs[row][used], strict=True))
+        assert set(found) == set(true)
+        for i, value in true.items():
+            allowed = 2.0**-4 + 0.15 + 0.02 * abs(float(value))
+            assert abs(float(found[i] - value)) <= allowed or float(left[row]) > 1 - 1e-7
+    mass = out.logprobs.double().exp().sum(1) + out.tail.double().exp()
+    torch.testing.assert_close(mass, torch.ones_like(mass), atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.tail.double().exp(), left, atol=2e-3, rtol=0.07)
+
+
+def test_a_prior_and_a_share_of_the_mass_are_two_rules():
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        validate(AdaptiveConfig, {"tail": "prior", "top_p": 0.9}, source="codec")
+    assert adaptive().prior(torch.device("cpu")) is None
+    assert SetCodedConfig().build().prior(torch.device("cpu")) is None
 
 
 def test_bytes_that_are_no_codes_are_refused():

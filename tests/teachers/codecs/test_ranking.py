@@ -1,5 +1,7 @@
 """Rankings: orders of all ids that survive their bytes."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,13 +15,19 @@ CPU = torch.device("cpu")
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, VOCAB_SIZE - 1), unique=True, max_size=60))
-def test_any_ranking_is_an_order_of_all_ids_and_comes_back(first):
-    ranking = Ranking(torch.tensor(first, dtype=torch.int64))
+@given(
+    st.lists(st.integers(0, VOCAB_SIZE - 1), unique=True, max_size=60),
+    st.integers(0, 2**31),
+)
+def test_any_ranking_is_an_order_of_all_ids_and_comes_back(first, seed):
+    rng = torch.Generator().manual_seed(seed)
+    levels = torch.randint(0, 256, (len(first),), generator=rng)
+    ranking = Ranking(torch.tensor(first, dtype=torch.int64), levels)
     data = ranking.to_bytes()
-    assert len(data) == -(-len(first) * ID_BITS // 8)
+    assert len(data) == -(-len(first) * ID_BITS // 8) + len(first)
     again = Ranking.from_bytes(data)
     assert again.sha256 == ranking.sha256
+    assert torch.equal(again.prior(VOCAB_SIZE, CPU), ranking.prior(VOCAB_SIZE, CPU))
     ids, ranks = again.ids(CPU), again.ranks(CPU)
     assert ids[: len(first)].tolist() == first
     assert bool((ids[len(first) :].diff() > 0).all())
@@ -35,16 +43,41 @@ def test_frequent_ids_come_first_and_equal_ones_by_number():
 
 def test_the_order_of_rare_ids_is_not_kept():
     counts = torch.arange(1, VOCAB_SIZE + 1)
-    assert len(Ranking.of_counts(counts).to_bytes()) == MOST * ID_BITS // 8
+    assert len(Ranking.of_counts(counts).to_bytes()) == MOST * ID_BITS // 8 + MOST
+
+
+def test_the_prior_is_how_often_ids_were_seen():
+    counts = torch.zeros(VOCAB_SIZE, dtype=torch.int64)
+    counts[[7, 5, 200_000]] = torch.tensor([200, 80_000, 1])
+    prior = Ranking.of_counts(counts).prior(VOCAB_SIZE, CPU)
+    unseen = 0.1
+    expected = torch.full((VOCAB_SIZE,), unseen, dtype=torch.float64)
+    expected[counts > 0] = counts[counts > 0].double()
+    expected = (expected / expected.sum()).log()
+    assert float(prior.exp().sum()) == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(prior, expected, atol=1 / 8, rtol=0)  # half a step, and the norm's
+    assert float(prior[7] - prior[200_000]) == pytest.approx(math.log(200), abs=1 / 16)
+    torch.testing.assert_close(
+        Ranking.by_number().prior(VOCAB_SIZE, CPU).exp(),
+        torch.full((VOCAB_SIZE,), 1 / VOCAB_SIZE, dtype=torch.float64),
+    )
+
+
+def test_a_small_vocabulary_leaves_little_to_ids_it_has_not():
+    counts = torch.zeros(VOCAB_SIZE, dtype=torch.int64)
+    counts[:80] = 1_000
+    for vocab, unseen in ((91, 11), (80, 1), (50, 1)):
+        prior = Ranking.of_counts(counts).prior(vocab, CPU)
+        assert float(prior[80:].exp().sum()) == pytest.approx(0.1 * unseen / 80_000, rel=0.1)
 
 
 def test_bytes_of_no_ranking_are_refused():
-    good = Ranking(torch.tensor([3, 1, 2])).to_bytes()
+    good = Ranking(torch.tensor([3, 1, 2])).to_bytes()  # seven bytes of ids, three of levels
     for bad, why in (
         (good + b"\0", "no ranking"),
-        (good[:-1] + bytes([good[-1] | 1]), "beyond its last"),
-        (b"\0" * 7, "twice"),
-        (b"\xff" * 3, "outside the vocabulary|beyond"),
+        (good[:6] + bytes([good[6] | 1]) + good[7:], "beyond its last"),
+        (b"\0" * 10, "twice"),
+        (b"\xff" * 4, "outside the vocabulary|beyond"),
     ):
         with pytest.raises(DataError, match=why):
             Ranking.from_bytes(bad)

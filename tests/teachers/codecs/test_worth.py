@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from tests.teachers.codecs.made import distributions
 from vpmoe.teachers.codecs import Entries
 from vpmoe.teachers.codecs.base import tail_of
-from vpmoe.teachers.codecs.worth import kept
+from vpmoe.teachers.codecs.ranking import Ranking
+from vpmoe.teachers.codecs.worth import departures, kept
 from vpmoe.vocabulary import VOCAB_SIZE
 
 TEACHER = distributions(24)
@@ -78,5 +80,75 @@ def test_a_place_does_not_depend_on_its_neighbours():
     together = kept(top, top_p=0.99, worth_nats=1e-3, vocab=VOCAB_SIZE)
     for row in range(len(top)):
         alone = kept(top.select(torch.tensor([row])), top_p=0.99, worth_nats=1e-3, vocab=VOCAB_SIZE)
+        assert torch.equal(alone[0], together[0][row : row + 1])
+        assert torch.equal(alone[1], together[1][row : row + 1])
+
+
+def prior_of(seed):
+    rng = torch.Generator().manual_seed(seed)
+    counts = (torch.rand(VOCAB_SIZE, generator=rng).double() ** -1.5).long()
+    return Ranking.of_counts(counts[torch.randperm(VOCAB_SIZE, generator=rng)]).prior(
+        VOCAB_SIZE, torch.device("cpu")
+    )
+
+
+def near_a_prior(prior, places, k, seed, spread):
+    """A teacher that says of most ids what the prior says, and of some much more or less."""
+    rng = torch.Generator().manual_seed(seed)
+    logits = prior.repeat(places, 1)
+    logits += spread * torch.randn(logits.shape, generator=rng, dtype=torch.float64)
+    logprobs = logits.log_softmax(1)
+    values, ids = logprobs.topk(k, dim=1)
+    return logprobs, Entries(ids, values.float(), tail_of(values.float()))
+
+
+def kl_beside_a_prior(logprobs, top, named, prior):
+    """Of each place, the rebuilt distribution written out."""
+    out = torch.empty(len(logprobs), dtype=torch.float64)
+    for row, teacher in enumerate(logprobs):
+        rebuilt = prior.exp().clone()
+        ids = top.ids[row][named[row]]
+        rebuilt[ids] = 0
+        rebuilt *= (1 - teacher[ids].exp().sum()) / rebuilt.sum()
+        rebuilt[ids] = teacher[ids].exp()
+        out[row] = (teacher.exp() * (teacher - rebuilt.log())).sum()
+    return out
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0, 5.0])
+@pytest.mark.parametrize("worth", [1e-1, 1e-2, 1e-3])
+def test_no_single_name_more_or_less_would_be_better(spread, worth):
+    prior = prior_of(1)
+    logprobs, top = near_a_prior(prior, 3, 40, 7, spread)
+    named, left = departures(top, worth_nats=worth, prior=prior)
+    best = kl_beside_a_prior(logprobs, top, named, prior) + worth * named.sum(1)
+    for column in range(40):
+        other = named.clone()
+        other[:, column] ^= True
+        cost = kl_beside_a_prior(logprobs, top, other, prior) + worth * other.sum(1)
+        cost = cost.masked_fill(~other.any(1), math.inf)  # one is named at least
+        assert bool((cost >= best - 0.5 * worth).all())  # s of the others follows a name as well
+    expected = 1 - (named * top.logprobs.double().exp()).sum(1)
+    torch.testing.assert_close(left, expected, atol=1e-7, rtol=1e-6)
+
+
+def test_a_frequent_id_as_likely_as_ever_needs_no_name_and_a_missing_one_does():
+    counts = torch.zeros(VOCAB_SIZE, dtype=torch.int64)
+    counts[:100] = 1_000
+    prior = Ranking.of_counts(counts).prior(VOCAB_SIZE, torch.device("cpu"))
+    chances = torch.full((100,), 0.5 / 98)
+    chances[3], chances[5] = 0.4996, 0.0004  # far too likely, and far too unlikely
+    values, ids = chances.log().sort(descending=True, stable=True)
+    top = Entries(ids[None], values[None], tail_of(values[None]))
+    named, _ = departures(top, worth_nats=2e-3, prior=prior)
+    assert sorted(ids[named[0]].tolist()) == [3, 5]
+
+
+def test_departures_of_a_place_do_not_depend_on_its_neighbours():
+    prior = prior_of(2)
+    _, top = near_a_prior(prior, 6, 50, 9, 2.0)
+    together = departures(top, worth_nats=3e-3, prior=prior)
+    for row in range(len(top)):
+        alone = departures(top.select(torch.tensor([row])), worth_nats=3e-3, prior=prior)
         assert torch.equal(alone[0], together[0][row : row + 1])
         assert torch.equal(alone[1], together[1][row : row + 1])

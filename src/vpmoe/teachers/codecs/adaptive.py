@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Literal, Self
 
 import torch
-from jaxtyping import Int64, UInt8
-from pydantic import Field
+from jaxtyping import Float64, Int64, UInt8
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -15,6 +15,7 @@ from vpmoe.teachers.codecs.base import (
     Column,
     Entries,
     Needs,
+    Tail,
     damaged,
     require_size,
 )
@@ -30,7 +31,7 @@ from vpmoe.teachers.codecs.levels import (
 from vpmoe.teachers.codecs.ragged import Ragged
 from vpmoe.teachers.codecs.ranked_sets import HIGH, LOW, decode_ranks, encode_ranks
 from vpmoe.teachers.codecs.ranking import Ranking
-from vpmoe.teachers.codecs.worth import kept
+from vpmoe.teachers.codecs.worth import departures, kept
 from vpmoe.vocabulary import VOCAB_SIZE
 
 
@@ -48,6 +49,20 @@ class AdaptiveConfig(Config):
     """Ids that the rest of the teacher's mass is spread over; absent = over all it knows."""
     fine_bits: int = Field(default=0, ge=0, le=6)
     """Of each log-prob, beyond the two or three that it takes anyway; each halves its error."""
+    tail: Tail = "even"
+    """What the ids without a name share their mass by: evenly, or by how often each is a label.
+
+    `prior` names only what departs from these frequencies, a tenth as many ids, and is read by
+    loss.tail = prior alone; an even tail suits every loss."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.tail == "prior" and self.top_p < 1:
+            raise ValueError(
+                f"top_p = {self.top_p:g} keeps the likeliest ids, tail = prior those that depart "
+                "from their frequency; leave one of them out"
+            )
+        return self
 
     def of_teacher(self, num_ids: int) -> Self:
         """The same, its sizes no longer open: for a teacher that knows so many ids."""
@@ -79,12 +94,16 @@ class Adaptive(Codec):
     by_rank = True
 
     def __init__(self, config: AdaptiveConfig, ranking: Ranking | None = None) -> None:
-        self._config, self._ranking = config, ranking
+        self._config, self._ranking, self.tail = config, ranking, config.tail
         self._vocab = VOCAB_SIZE if config.vocab is None else config.vocab
         self.asked = self.max_entries = min(config.k, self._vocab)
         # Half a step of the least entries, as much again where all entries together are off by it,
         # and what the byte of the tail rounds.
         self.rounding_nats = 2.0**-config.fine_bits + 0.15
+
+    def prior(self, device: torch.device) -> Float64[Tensor, " vocab"] | None:
+        """Log-probs by which ids without a name share the tail; None where they share evenly."""
+        return self.ranking.prior(self._vocab, device) if self.tail == "prior" else None
 
     def ranked_by(self, ranking: Ranking) -> "Adaptive":
         """The same codec for ids of this ranking."""
@@ -102,14 +121,21 @@ class Adaptive(Codec):
         return self._ranking
 
     def encode(self, entries: Entries, places: Int64[Tensor, " samples"]) -> dict[str, Column]:
-        """As many of the entries as `kept` says."""
-        config = self._config
-        counts, left = kept(
-            entries, top_p=config.top_p, worth_nats=config.worth_nats, vocab=self._vocab
-        )
-        shape = Ragged(counts, places)
-        spots = shape.spots(entries.ids.shape[1])
-        ranks = self.ranking.ranks(counts.device).index_select(
+        """The entries that `kept` or `departures` says."""
+        config, device = self._config, entries.ids.device
+        if config.tail == "prior":
+            prior = self.ranking.prior(self._vocab, device)
+            named, left = departures(entries, worth_nats=config.worth_nats, prior=prior)
+            counts = named.sum(dim=1)
+            spots = named.reshape(-1).nonzero().squeeze(1)
+            shape = Ragged(counts, places)
+        else:
+            counts, left = kept(
+                entries, top_p=config.top_p, worth_nats=config.worth_nats, vocab=self._vocab
+            )
+            shape = Ragged(counts, places)
+            spots = shape.spots(entries.ids.shape[1])
+        ranks = self.ranking.ranks(device).index_select(
             0, entries.ids.reshape(-1).index_select(0, spots)
         )
         keys, order = (shape.place * VOCAB_SIZE + ranks).sort()

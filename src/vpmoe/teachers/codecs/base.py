@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Float64, Int64, UInt8
 from torch import Tensor
 
 from vpmoe.errors import DataError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vpmoe.teachers.codecs.ranking import Ranking
 
 Needs = Literal["logprobs", "top", "draws"]
+Tail = Literal["even", "prior"]
 
 # Half a unit of float32 below one: what is missing to one cannot be known better than this.
 LEAST_TAIL = 2.0**-24
@@ -82,6 +83,7 @@ class Codec(Protocol):
         columns: Names of its columns of bytes.
         rounding_nats: How far a log-prob that comes back may lie from the teacher's.
         by_rank: Whether the bytes name ids by their rank, so that a store keeps the `Ranking`.
+        tail: How the ids without a name share the rest of the mass.
     """
 
     needs: Needs
@@ -91,6 +93,12 @@ class Codec(Protocol):
     columns: tuple[str, ...]
     rounding_nats: float = 0.15
     by_rank: bool = False
+    tail: Tail = "even"
+
+    def prior(self, device: torch.device) -> Float64[Tensor, " vocab"] | None:
+        """Log-prob of every id by which those without a name share; None where they do evenly."""
+        del device
+        return None
 
     def ranked_by(self, ranking: "Ranking") -> "Codec":
         """The same codec for ids of this ranking; itself where the bytes do not depend on one."""

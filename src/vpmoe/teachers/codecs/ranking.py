@@ -1,10 +1,10 @@
-"""All ids by how often they are expected, so that the frequent ones have the small numbers."""
+"""All ids by how often they are expected: frequent ones have small numbers and known chances."""
 
 import hashlib
 from functools import cached_property, lru_cache
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from vpmoe.teachers.codecs.base import damaged
@@ -14,6 +14,9 @@ from vpmoe.vocabulary import VOCAB_SIZE
 ID_BITS = (VOCAB_SIZE - 1).bit_length()
 # The order of rarer ids is hardly worth its bytes.
 MOST = 2**16
+_STEPS = 8  # of a count's natural logarithm
+_LEVELS = 256  # a count up to e^32
+_UNSEEN = 0.1  # the count that stands for none
 
 
 class Ranking:
@@ -21,17 +24,23 @@ class Ranking:
 
     Args:
         first: The most frequent ids, most frequent first; all others follow by number.
+        levels: How often each of them was seen, as eight times the logarithm of the count; if
+            absent, once.
 
     Raises:
         DataError: If an id is none, or comes twice.
     """
 
-    def __init__(self, first: Int64[Tensor, " ids"]) -> None:
+    def __init__(
+        self, first: Int64[Tensor, " ids"], levels: Int64[Tensor, " ids"] | None = None
+    ) -> None:
         known = bool(((first >= 0) & (first < VOCAB_SIZE)).all()) if len(first) else True
         if not known or len(first.unique()) != len(first):
             raise damaged("a ranking names an id twice, or one outside the vocabulary")
         self._first = first.cpu().long()
+        self._levels = torch.zeros_like(self._first) if levels is None else levels.cpu().long()
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._priors: dict[tuple[int, torch.device], Tensor] = {}
 
     @classmethod
     def by_number(cls) -> "Ranking":
@@ -42,7 +51,9 @@ class Ranking:
     def of_counts(cls, counts: Int64[Tensor, " vocab"]) -> "Ranking":
         """By how often each id was seen; of equal ones the lower id first."""
         order = torch.argsort(counts, descending=True, stable=True)
-        return cls(order[: min(MOST, int((counts > 0).sum()))])
+        first = order[: min(MOST, int((counts > 0).sum()))]
+        levels = (_STEPS * counts[first].double().log()).round().long()
+        return cls(first, levels.clamp_max(_LEVELS - 1))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Ranking":
@@ -58,10 +69,10 @@ class Ranking:
         return len(self._first)
 
     def to_bytes(self) -> bytes:
-        """18 bits for each of the most frequent ids."""
+        """18 bits for each of the most frequent ids, then a byte for how often each was seen."""
         starts = torch.arange(len(self._first)) * ID_BITS
-        size = -(-len(self._first) * ID_BITS // 8)
-        return put(self._first, starts, ID_BITS, size).numpy().tobytes()
+        ids = put(self._first, starts, ID_BITS, _id_bytes(len(self._first)))
+        return torch.cat([ids, self._levels.to(torch.uint8)]).numpy().tobytes()
 
     @cached_property
     def sha256(self) -> str:
@@ -75,6 +86,26 @@ class Ranking:
     def ranks(self, device: torch.device) -> Int64[Tensor, " vocab"]:
         """The rank of each id."""
         return self._on(device)[1]
+
+    def prior(self, vocab: int, device: torch.device) -> Float64[Tensor, " vocab"]:
+        """Log-probability of every id of o200k by how often it was seen.
+
+        Args:
+            vocab: How many ids can come at all. Which of the unseen they are is not known: what
+                these would share goes to all unseen ones.
+            device: Where it is wanted.
+
+        References:
+            own; a fixed count for what was never seen is Lidstone's (1920).
+        """
+        key = vocab, device
+        if key not in self._priors:
+            seen, unseen = len(self._first), VOCAB_SIZE - len(self._first)
+            share = _UNSEEN * max(1, vocab - seen) / max(1, unseen)
+            counts = torch.full((VOCAB_SIZE,), share, dtype=torch.float64)
+            counts[self._first] = (self._levels.double() / _STEPS).exp()
+            self._priors[key] = (counts / counts.sum()).log().to(device)
+        return self._priors[key]
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._tables:
@@ -94,11 +125,16 @@ def _by_number() -> Ranking:
 
 @lru_cache(maxsize=8)  # all shards of a store share one
 def _from_bytes(data: bytes) -> Ranking:
-    bits = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte()
-    count = 8 * len(data) // ID_BITS
-    if -(-count * ID_BITS // 8) != len(data):
+    held = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte()
+    count = 8 * len(data) // (ID_BITS + 8)
+    if _id_bytes(count) + count != len(data):
         raise damaged(f"{len(data)} bytes are no ranking of ids")
-    ranking = Ranking(get(bits, torch.arange(count) * ID_BITS, ID_BITS))
+    ids = get(held[: len(data) - count], torch.arange(count) * ID_BITS, ID_BITS)
+    ranking = Ranking(ids, held[len(data) - count :].long())
     if ranking.to_bytes() != data:
         raise damaged("a ranking has bits beyond its last id")
     return ranking
+
+
+def _id_bytes(count: int) -> int:
+    return -(-count * ID_BITS // 8)

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from vpmoe.teachers.codecs.base import Entries
@@ -12,6 +12,7 @@ from vpmoe.teachers.codecs.ragged import Ragged
 # Masses are added as whole numbers, so that the sum at a place is the same on every machine and
 # whatever stands before it.
 _UNITS = 2.0**40
+_ROUNDS = 6  # of choosing names; by then hardly any choice changes
 DEEPEST_NATS = 64.0  # what lies further below the likeliest has no mass that float32 could see
 
 
@@ -59,3 +60,41 @@ def kept(
         short = shape.sums((named < top_p).long())[shape.last]
         counts = torch.minimum(counts, short + 1)
     return counts, after[shape.first + counts - 1]
+
+
+def departures(
+    entries: Entries, *, worth_nats: float, prior: Float64[Tensor, " vocab"]
+) -> tuple[Bool[Tensor, "places entries"], Float64[Tensor, " places"]]:
+    """Which of a place's entries are not what a prior says of them; and the mass of all others.
+
+    The mass r that is not named goes to the ids in proportion to their prior q, each getting
+    s q with s = r / (1 - the named ids' prior). To name an id of probability t instead saves
+    t ln(t / (s q)) - t + s q, never less than nothing, and nothing where the prior is right: a
+    frequent word that is as likely as ever need not be named. Those that save `worth_nats` are
+    named, s follows from them, and so on: every round lowers the KL plus `worth_nats` for each
+    name. One is named at least.
+
+    References:
+        own; s is the best scale for given names, the choice is the best for given s.
+    """
+    values, log_q = entries.logprobs.double(), prior.index_select(0, entries.ids.reshape(-1))
+    mass, log_q = values.exp(), log_q.reshape(values.shape)
+    units, prior_units = ((x * _UNITS + 0.5).long() for x in (mass, log_q.exp()))
+    least = entries.tail.double().exp().clamp_min(1e-300)
+    named = torch.zeros_like(values, dtype=torch.bool)
+    named[:, 0] = True
+    for _ in range(_ROUNDS):
+        scale = _left(units, named).maximum(least).log() - _left(prior_units, named).log()
+        even = scale[:, None] + log_q
+        saved = torch.where(mass > 0, mass * (values - even), 0.0) - mass + even.exp()
+        named = saved >= worth_nats
+        named[:, 0] |= ~named.any(dim=1)
+    return named, _left(units, named).maximum(least)
+
+
+def _left(
+    units: Int64[Tensor, "places entries"], named: Bool[Tensor, "places entries"]
+) -> Float64[Tensor, " places"]:
+    """What is missing to one; never nothing."""
+    total = torch.where(named, units, 0).sum(dim=1)
+    return (1.0 - total.double() / _UNITS).clamp_min(1 / _UNITS)

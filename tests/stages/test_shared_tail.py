@@ -1,0 +1,127 @@
+"""Targets whose tail is shared by a prior, from the teacher through the store to the student."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.stages.test_distillation import TEACHER, kept, stage_two
+from tests.stages.test_distillation import started as started  # a fixture
+from vpmoe.config import validate
+from vpmoe.data.dataset import Dataset
+from vpmoe.data.loader import PackedLoader
+from vpmoe.errors import DataError
+from vpmoe.losses import ForwardKLConfig
+from vpmoe.spans import Span
+from vpmoe.stages import offline, score
+from vpmoe.stages.label_ranking import label_counts
+from vpmoe.stages.score import ScoreConfig, open_targets
+from vpmoe.teachers.codecs.base import entries_of_top
+from vpmoe.teachers.codecs.worth import departures
+from vpmoe.train.graph import forward
+from vpmoe.train.step import loss_inputs
+
+CODEC = {"kind": "adaptive", "tail": "prior", "worth_nats": 1e-2, "fine_bits": 6}
+LOSS = {"kind": "forward_kl", "tail": "prior"}
+SCALES = torch.tensor([0.0, 1.0, 1.0])
+
+
+def tree_of(folder: Path, name: str, codec: dict) -> dict:
+    chosen = {"data": str(folder / "data"), "output": str(folder / name), "teacher": TEACHER}
+    return {**chosen, "codec": codec, "selection": {"fraction": 1.0}}
+
+
+def scored(folder: Path, name: str, codec: dict) -> Path:
+    score.run(validate(ScoreConfig, tree_of(folder, name, codec), source="test"))
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def stores(started):
+    even = {"kind": "adaptive", "worth_nats": 1e-2}
+    return {"prior": scored(started, "prior", CODEC), "even": scored(started, "even", even)}
+
+
+def test_the_loss_is_the_kl_to_what_the_store_says_of_the_whole_vocabulary(started, stores):
+    """Labels, entries, tails and frequencies are put together here by hand, in float64."""
+    dataset = Dataset(started / "data", "train")
+    store = open_targets(stores["prior"], dataset)
+    config = stage_two(started, "unused", targets={"path": str(stores["prior"])}, loss=LOSS)
+    student, _ = offline.open_student(config, torch.device("cpu"))
+    student = student.double()
+    loss = offline.SharedTail(ForwardKLConfig(tail="prior").build(), store.codec, student)
+    loader = PackedLoader(dataset, seq_len=256, seed=0, scores=store, targets=store)
+    batch = loader.batch(0, 2)
+    with torch.no_grad():
+        output = forward(student, batch, batch.num_documents)
+        inputs = loss_inputs(student, batch, output)
+        found = loss(inputs, SCALES)
+
+    ids = student.ids_of(torch.arange(student.config.num_rows))
+    counts = label_counts(dataset)[ids].double()
+    known = len(ids)
+    unseen = 0.1 * max(1, known - int((label_counts(dataset) > 0).sum())) / (counts == 0).sum()
+    prior = torch.where(counts > 0, ((8 * counts.log()).round() / 8).exp(), unseen)
+    expected = torch.zeros(3, dtype=torch.float64)
+    rows = inputs.trained()
+    student_logprobs = (rows.hidden @ rows.head_weight.T).log_softmax(1)
+    for row in range(len(rows.labels)):
+        used = rows.target_logprobs[row] > -torch.inf
+        named = rows.target_ids[row][used]
+        whole = prior.clone()
+        whole[named] = 0
+        whole *= rows.target_tail[row].double().exp() / whole.sum().clamp_min(1e-300)
+        whole[named] = rows.target_logprobs[row][used].double().exp()
+        term = whole * (whole.clamp_min(1e-300).log() - student_logprobs[row])
+        expected[int(rows.span_ids[row])] += term.sum()
+    torch.testing.assert_close(found.loss_sums, expected, rtol=2e-4, atol=1e-4)
+
+
+def test_entries_are_what_departs_from_the_frequencies(started, stores):
+    dataset = Dataset(started / "data", "train")
+    store = open_targets(stores["prior"], dataset)
+    prior = store.codec.prior(torch.device("cpu"))
+    teacher = validate(ScoreConfig, tree_of(started, "x", CODEC), source="test").teacher.build()
+    more_than_one = 0
+    for name in store:
+        document = dataset.conversation(dataset.index_of[name])
+        trained = np.flatnonzero(document.span_ids != Span.IGNORE)
+        (top,) = teacher.score_top([document.tokens[:-1]], store.codec.asked)
+        said = entries_of_top(*map(torch.from_numpy, (top.top_ids, top.top_logprobs)))
+        named, _ = departures(said.select(torch.from_numpy(trained)), worth_nats=1e-2, prior=prior)
+        found = store.entries([name])
+        assert torch.equal(found.counts, named.sum(1))
+        more_than_one += int((named.sum(1) > 1).sum())
+    assert more_than_one > 2
+    total = found.logprobs.double().exp().sum(1) + found.tail.double().exp()
+    torch.testing.assert_close(total, torch.ones_like(total), atol=1e-6, rtol=0)
+
+
+def test_a_student_learns_from_it(started, stores):
+    targets = {"path": str(stores["prior"]), "share": 1.0}
+    changes = {"targets": targets, "loss": LOSS, "budget": {"steps": 6}}
+    whole = stage_two(started, "whole", **changes)
+    offline.run(whole)
+    rows = kept(started / "whole")
+    losses = [row["train/loss/reasoning"] for row in rows]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert all(np.isfinite(row["train/kl_at_least/reasoning"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("store", "loss", "message"),
+    [
+        ("prior", {"kind": "forward_kl"}, "loss.tail is its default, and the ids"),
+        ("prior", {"kind": "reverse_kl"}, "loss.tail is its default, and the ids"),
+        ("even", LOSS, "loss.tail is prior, and the ids"),
+        ("targets", LOSS, "holds log-probs alone"),
+    ],
+)
+def test_store_and_loss_must_agree_on_the_tail(started, stores, store, loss, message):
+    path = str(stores.get(store, started / store))
+    config = stage_two(started, "refused", targets={"path": path}, loss=loss)
+    with pytest.raises(DataError, match=message):
+        offline.run(config)
+    with pytest.raises(DataError, match=message):
+        offline.store_lines(config)
