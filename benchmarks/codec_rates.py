@@ -29,6 +29,7 @@ CONFIGS = (
     ("adaptive, worth_nats 0.0075", AdaptiveConfig(worth_nats=7.5e-3)),
     ("adaptive, worth_nats 0.005", AdaptiveConfig()),
     ("adaptive, worth_nats 0.001", AdaptiveConfig(worth_nats=1e-3)),
+    ("adaptive, worth_nats 0.01, prior", AdaptiveConfig(worth_nats=1e-2, tail="prior")),
 )
 
 

@@ -41,6 +41,7 @@ LOSSES = {
     "forward KL, top-64, temperature 2, label mix": ForwardKLConfig(
         temperature=2.0, label_weight=0.1
     ),
+    "forward KL, top-64, tail by its prior": ForwardKLConfig(tail="prior"),
     "reverse KL, top-64": ReverseKLConfig(),
     "generalised JSD, top-64": GeneralizedJSDConfig(),
     "skewed forward KL, top-64": SkewedForwardKLConfig(),
@@ -80,6 +81,7 @@ def make_inputs(tokens: int) -> LossInputs:
         target_ids=ids,
         target_logprobs=mass[:, :-1].contiguous(),
         target_tail=mass[:, -1].contiguous(),
+        target_prior=torch.randn(VOCAB, device="cuda").log_softmax(0),
         target_cap=mass[:, :-1].amin(dim=1),
     )
 

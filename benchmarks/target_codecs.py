@@ -28,21 +28,27 @@ from vpmoe.stages.label_ranking import label_counts, label_ranking
 from vpmoe.stages.plan_targets import plan_targets
 from vpmoe.stages.score import ScoreConfig
 from vpmoe.teachers.codecs.adaptive import AdaptiveConfig
+from vpmoe.teachers.codecs.base import Tail
 from vpmoe.teachers.codecs.ranking import Ranking
 from vpmoe.teachers.codecs.set_coded import SetCodedConfig
 from vpmoe.teachers.codecs.top_k import TopKConfig
 from vpmoe.teachers.frontier import (
+    GRID,
+    KEPT,
     RECOMMENDED,
     Point,
     Reference,
     joined,
+    kl,
     measure,
     reference_of,
+    squared_error,
 )
 from vpmoe.vocabulary import VOCAB_SIZE
 
 ALL_IDS = torch.arange(VOCAB_SIZE)
 ORDER = 4
+TAILS: tuple[tuple[Tail, str], ...] = (("even", "adaptive"), ("prior", "adaptive_prior"))
 
 
 def synthetic(counts: torch.Tensor | None = None) -> Reference:
@@ -125,30 +131,57 @@ def captured(path: Path) -> Reference:
 
 
 def at_the_error_of(
-    points: list[Point], name: str, reference: Reference, ranking: Ranking
+    points: list[Point],
+    name: str,
+    reference: Reference,
+    ranking: Ranking,
+    tail: Tail,
 ) -> dict | None:
     """`adaptive` with the `worth_nats` whose error is that of another codec, by bisection."""
     other = next((point for point in points if point.name == name), None)
     if other is None or other.kl_nats is None:
         return None
+
+    def tried(worth: float) -> tuple[Point, float]:
+        config = AdaptiveConfig(worth_nats=worth, tail=tail)
+        (found,) = measure(reference, [("adaptive", "", config)], ranking=ranking)
+        assert found.kl_nats is not None
+        return found, found.kl_nats
+
     low, high = 1e-4, 1.0
     for _ in range(14):
         worth = (low * high) ** 0.5
-        config = AdaptiveConfig(worth_nats=worth)
-        (found,) = measure(reference, [("adaptive", "", config)], ranking=ranking)
-        assert found.kl_nats is not None
-        low, high = (worth, high) if found.kl_nats <= other.kl_nats else (low, worth)
-    (found,) = measure(
-        reference, [("adaptive", "", AdaptiveConfig(worth_nats=low))], ranking=ranking
-    )
-    assert found.kl_nats is not None
+        low, high = (worth, high) if tried(worth)[1] <= other.kl_nats else (low, worth)
+    found, error = tried(low)
     return {
-        "worth_nats": round(low, 6), "kl_nats": round(found.kl_nats, 6),
+        "worth_nats": round(low, 6), "kl_nats": round(error, 6),
         "bytes_per_token": round(found.bytes_per_token, 2), "entries": round(found.entries, 2),
         "gradient_error": round(found.gradient_error, 6), "its_kl_nats": round(other.kl_nats, 6),
         "its_bytes_per_token": round(other.bytes_per_token, 2),
         "its_gradient_error": round(other.gradient_error, 6),
     }  # fmt: skip
+
+
+def beside_a_prior(reference: Reference, ranking: Ranking) -> dict:
+    """What other codecs' errors would be if they, too, shared the tail by how often ids are labels.
+
+    Their files do not say so; whoever reads them could.
+    """
+    found, prior = {}, ranking.prior(reference.vocab, torch.device("cpu"))
+    for _, name, config in GRID:
+        codec = config.build()
+        if codec.needs != "top" or config.kind == "adaptive" or codec.asked > KEPT:
+            continue
+        entries, places = reference.top(codec.asked), torch.tensor([len(reference)])
+        columns = {n: c.data for n, c in codec.encode(entries, places).items()}
+        rebuilt = codec.decode(columns, places)
+        found[name] = {
+            "kl_nats": round(float(kl(reference, rebuilt, prior).mean()), 6),
+            "gradient_error": round(
+                float(squared_error(reference, rebuilt, prior).mean().sqrt()), 6
+            ),
+        }
+    return found
 
 
 def rates(reference: Reference, ranking: Ranking) -> list[dict]:
@@ -161,32 +194,27 @@ def rates(reference: Reference, ranking: Ranking) -> list[dict]:
         AdaptiveConfig(worth_nats=7.5e-3),
         AdaptiveConfig(),
         AdaptiveConfig(worth_nats=1e-3),
+        AdaptiveConfig(worth_nats=3e-2, tail="prior"),
+        AdaptiveConfig(worth_nats=1e-2, tail="prior"),
     ):
         codec = config.build().ranked_by(ranking)
         rows = torch.arange(800) % len(reference)
         entries = reference.top(codec.asked).select(rows)
         places = torch.tensor([800])
         best = {"encode": 1e9, "decode": 1e9}
+        counts = torch.zeros(0)
         for _ in range(12):
             begin = time.thread_time()
             columns = codec.encode(entries, places)
             middle = time.thread_time()
-            codec.decode({name: column.data for name, column in columns.items()}, places)
-            best["encode"] = min(best["encode"], middle - begin)
+            found = codec.decode({name: column.data for name, column in columns.items()}, places)
             best["decode"] = min(best["decode"], time.thread_time() - middle)
+            best["encode"] = min(best["encode"], middle - begin)
+            counts = found.counts.float()
         out.append(
             {
                 "codec": config.model_dump(mode="json"),
-                "entries": round(
-                    float(
-                        codec.decode(
-                            {name: column.data for name, column in columns.items()}, places
-                        )
-                        .counts.float()
-                        .mean()
-                    ),
-                    1,
-                ),
+                "entries": round(float(counts.mean()), 1),
                 "encoded_per_s": int(800 / best["encode"]),
                 "decoded_per_s": int(800 / best["decode"]),
             }
@@ -237,14 +265,16 @@ def main() -> None:
     for name, reference in references.items():
         panels[name] = measure(reference, ranking=ranking)
         found[name] = summary(panels[name], float(reference.entropy.mean()), len(reference))
-        found[name]["adaptive_of_another_ranking"] = {
-            how: at_the_error_of(panels[name], RECOMMENDED, reference, other)
-            for how, other in others.items()
-        }
-        found[name]["adaptive_at_the_error_of"] = {
-            other: at_the_error_of(panels[name], other, reference, ranking)
-            for other in (RECOMMENDED, f"{RECOMMENDED}, normalized", "DistillKit budget")
-        }
+        for tail, key in TAILS:
+            found[name][f"{key}_of_another_ranking"] = {
+                how: at_the_error_of(panels[name], RECOMMENDED, reference, other, tail)
+                for how, other in others.items()
+            }
+            found[name][f"{key}_at_the_error_of"] = {
+                other: at_the_error_of(panels[name], other, reference, ranking, tail)
+                for other in (RECOMMENDED, f"{RECOMMENDED}, normalized", "DistillKit budget")
+            }
+        found[name]["others_beside_a_prior"] = beside_a_prior(reference, ranking)
     path = RESULTS / "target-codecs.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     result = {

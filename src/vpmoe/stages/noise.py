@@ -62,7 +62,9 @@ def measure_noise(subject: Subject, *, dtypes: Sequence[str] = STUDENT_DTYPES) -
 
     The student is the teacher's own checkpoint in this process: the local teacher, or the
     `reference` of a server. All divergences of `OfflineLossConfig` take part, and all
-    codecs of `CodecConfig` that keep as many ids as the config asks for.
+    codecs of `CodecConfig` that keep as many ids as the config asks for. Tails shared by a prior do
+    not: how far a rebuilt distribution is from its own teacher is no noise, and `vpmoe targets
+    plan` says it.
 
     Args:
         subject: The teacher's config and conversations.

@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from vpmoe.evals.report.theme import DOTS_PER_INCH, LIGHT, drawing, label_line_ends, new_figure
 from vpmoe.teachers.frontier import RECOMMENDED, Point
 
-_ORDER = ("adaptive", "set-coded", "plain top-K", "DistillKit")
+_ORDER = ("adaptive, prior", "adaptive", "set-coded", "plain top-K", "DistillKit")
 
 
 def draw_frontiers(panels: Mapping[str, Sequence[Point]], path: Path) -> Path:

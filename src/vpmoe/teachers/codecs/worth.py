@@ -12,7 +12,7 @@ from vpmoe.teachers.codecs.ragged import Ragged
 # Masses are added as whole numbers, so that the sum at a place is the same on every machine and
 # whatever stands before it.
 _UNITS = 2.0**40
-_ROUNDS = 6  # of choosing names; by then hardly any choice changes
+_ROUNDS = 3  # of choosing names; more change the cost by less than a ten-thousandth
 DEEPEST_NATS = 64.0  # what lies further below the likeliest has no mass that float32 could see
 
 
