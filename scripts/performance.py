@@ -45,8 +45,9 @@ INTRO = """# Performance
 <!-- written by scripts/performance.py from benchmarks/results; do not edit -->
 
 `kernels = "fused"` runs the student's hot paths in kernels for one NVIDIA GPU with bfloat16
-weights; `kernels = "reference"` is what they must equal. Asked for where they cannot run, they stop
-the run with the reason: another implementation is never taken instead.
+weights; `kernels = "reference"` is what they must equal, and `"grouped"` a second opinion: the
+reference with all experts of a layer in one product of PyTorch's. Asked for where they cannot run,
+kernels stop the run with the reason: another implementation is never taken instead.
 
 | hot path | how |
 | --- | --- |

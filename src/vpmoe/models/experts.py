@@ -3,6 +3,7 @@
 `moe_reference` is what a fused kernel has to equal, in values and in gradients.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,10 @@ class _Reorder(torch.autograd.Function):
         return grads[0][order], None, None
 
 
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(rows sorted by expert, stacked matrices, stacked biases) -> each row times its expert's."""
+
+
 def moe_reference(
     hidden: Float[Tensor, "rows dim"],
     expert_ids: Int[Tensor, "rows chosen"],
@@ -130,23 +135,40 @@ def moe_reference(
         Shazeer et al., "Outrageously Large Neural Networks" (2017), arXiv:1701.06538; Gale et al.,
         "MegaBlocks" (2022), arXiv:2211.15841. Difference: one plain product per expert.
     """
+    counts = torch.bincount(expert_ids.flatten(), minlength=experts.up.shape[0]).tolist()
+
+    def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _GroupedLinear.apply(rows, weight, bias, counts)
+
+    out = through_experts(hidden, expert_ids, expert_weights, experts, linear, activation)
+    return out if residual is None else residual + out
+
+
+def through_experts(
+    hidden: Float[Tensor, "rows dim"],
+    expert_ids: Int[Tensor, "rows chosen"],
+    expert_weights: Float[Tensor, "rows chosen"],
+    experts: ExpertWeights,
+    linear: Linear,
+    activation: Activation,
+) -> Float[Tensor, "rows dim"]:
+    """The same by any product of rows that are sorted by expert, equal experts in token order.
+
+    References:
+        As `moe_reference`.
+    """
     chosen = expert_ids.shape[1]
-    flat = expert_ids.flatten()
-    order = flat.argsort(stable=True)
+    order = expert_ids.flatten().argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    counts = torch.bincount(flat, minlength=experts.up.shape[0]).tolist()
     rows = _Dispatch.apply(hidden, order, inverse, chosen)
-    up = _GroupedLinear.apply(rows, experts.up, experts.up_bias, counts)
-    gate = None
-    if experts.gate is not None:
-        gate = _GroupedLinear.apply(rows, experts.gate, experts.gate_bias, counts)
+    up = linear(rows, experts.up, experts.up_bias)
+    gate = None if experts.gate is None else linear(rows, experts.gate, experts.gate_bias)
     units = activate(up, gate, activation=activation)
-    outputs = _GroupedLinear.apply(units, experts.down, experts.down_bias, counts)
+    outputs = linear(units, experts.down, experts.down_bias)
     outputs = _Reorder.apply(outputs, order, inverse).unflatten(0, (-1, chosen))  # (rows, A, D)
     weights = expert_weights.to(outputs.dtype)[:, None]
-    out = (weights @ outputs).squeeze(1)
-    return out if residual is None else residual + out
+    return (weights @ outputs).squeeze(1)
 
 
 class Experts(nn.Module):

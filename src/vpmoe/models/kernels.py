@@ -1,7 +1,7 @@
 """Which implementation computes the hot paths; every one equals the reference."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpmoe.errors import ConfigError
+from vpmoe.models import experts_grouped
 from vpmoe.models.attention.base import QueriesKeysValues, heads_reference
 from vpmoe.models.attention.sink import AttentionScope, attend_reference
 from vpmoe.models.decode import Decoder, ReferenceDecoder
@@ -16,7 +17,7 @@ from vpmoe.models.experts import moe_reference
 from vpmoe.models.norm import add_norm_reference
 from vpmoe.models.router import route_reference
 
-KernelsName = Literal["reference", "fused"]
+KernelsName = Literal["reference", "grouped", "fused"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ REFERENCE = Kernels(
     require=_anything,
 )
 
+# The experts by one product of PyTorch's own: an opinion besides the reference and the kernels.
+GROUPED = replace(REFERENCE, moe=experts_grouped.moe_grouped, require=experts_grouped.require)
+
 
 def kernels_named(name: str) -> Kernels:
     """The implementation of that name.
@@ -83,11 +87,12 @@ def kernels_named(name: str) -> Kernels:
     References:
         own.
     """
-    if name == "reference":
-        return REFERENCE
+    plain = {"reference": REFERENCE, "grouped": GROUPED}
+    if name in plain:
+        return plain[name]
     if name != "fused":
         raise ConfigError(
-            [(f"kernels {name!r} are not available", "known kernels: reference, fused")]
+            [(f"kernels {name!r} are not available", "known kernels: reference, grouped, fused")]
         )
     if not torch.cuda.is_available():
         build = torch.__version__ if torch.version.cuda else f"{torch.__version__} without CUDA"

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from vpmoe.config import Config
 from vpmoe.errors import RunError
+from vpmoe.models.kernels import KernelsName
 from vpmoe.optim import CosineConfig, NorMuonConfig, OptimizerConfig, ScheduleConfig
 from vpmoe.train.trackers import TrackerConfig
 
@@ -92,8 +93,9 @@ class TrainConfig(Config):
     bits."""
     activation_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their states: slower, smaller."""
-    kernels: Literal["reference", "fused"] = "reference"
-    """Implementation of the student's hot paths; fused ones need an NVIDIA GPU and bfloat16."""
+    kernels: KernelsName = "reference"
+    """Implementation of the student's hot paths; fused ones need an NVIDIA GPU and bfloat16.
+    `grouped` is the reference with its experts in one product, a second opinion in less time."""
     cuda_graph: bool = False
     """Replay the student's forward and backward passes as CUDA graphs: no gaps between kernels, and
     their memory is held; for fused kernels only."""
