@@ -42,11 +42,14 @@ def moe_grouped(
     return out if residual is None else residual + out
 
 
-def require(config: Any, *, device: torch.device | str, dtype: torch.dtype) -> None:
+def require_grouped(config: Any, *, device: torch.device | str, dtype: torch.dtype) -> None:
     """Refuse what the product does not take.
 
     Raises:
         ConfigError: Naming the dtype, or the width that is not aligned.
+
+    References:
+        own.
     """
     del device
     problems = []

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpmoe.errors import ConfigError
-from vpmoe.models import experts_grouped
 from vpmoe.models.attention.base import QueriesKeysValues, heads_reference
 from vpmoe.models.attention.sink import AttentionScope, attend_reference
 from vpmoe.models.decode import Decoder, ReferenceDecoder
 from vpmoe.models.experts import moe_reference
+from vpmoe.models.experts_grouped import moe_grouped, require_grouped
 from vpmoe.models.norm import add_norm_reference
 from vpmoe.models.router import route_reference
 
@@ -75,7 +75,7 @@ REFERENCE = Kernels(
 )
 
 # The experts by one product of PyTorch's own: an opinion besides the reference and the kernels.
-GROUPED = replace(REFERENCE, moe=experts_grouped.moe_grouped, require=experts_grouped.require)
+GROUPED = replace(REFERENCE, moe=moe_grouped, require=require_grouped)
 
 
 def kernels_named(name: str) -> Kernels:
