@@ -23,11 +23,13 @@ check: setup    ## format, lint, types, imports, generated pages
 	$(bin)/python scripts/docs.py --check
 	$(bin)/python scripts/performance.py --check
 	$(bin)/python scripts/full_student.py --check
+	$(bin)/python scripts/targets_page.py --check
 
 docs: setup    ## write the generated pages
 	@$(bin)/python scripts/docs.py
 	@$(bin)/python scripts/performance.py
 	@$(bin)/python scripts/full_student.py
+	@$(bin)/python scripts/targets_page.py
 
 test-slow: setup    ## tests over ten seconds, random kills among them
 	@$(pytest) -q -m "slow and not gpu and not multi_gpu and not network"

@@ -112,9 +112,9 @@ def test_a_student_learns_from_it(started, stores):
 @pytest.mark.parametrize(
     ("store", "loss", "message"),
     [
-        ("prior", {"kind": "forward_kl"}, "loss.tail is its default, and the ids"),
-        ("prior", {"kind": "reverse_kl"}, "loss.tail is its default, and the ids"),
-        ("even", LOSS, "loss.tail is prior, and the ids"),
+        ("prior", {"kind": "forward_kl"}, "names what departs from its prior alone"),
+        ("prior", {"kind": "reverse_kl"}, "names what departs from its prior alone"),
+        ("even", LOSS, "has no prior"),
         ("targets", LOSS, "holds log-probs alone"),
     ],
 )

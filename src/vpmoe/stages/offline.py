@@ -294,13 +294,18 @@ def _require_served(path: Path, codec: Codec, loss: Loss) -> None:
             f"the loss needs distributions, and target store {path} holds log-probs alone",
             hint="score again with codec.kind = set_coded, or choose another loss",
         )
-    if (codec.tail == "prior") != ("target_prior" in loss.needs):
-        held, given = ("a prior", "its default") if codec.tail == "prior" else ("no prior", "prior")
+    reads_prior = "target_prior" in loss.needs
+    if codec.tail == "prior" and not reads_prior:
         raise DataError(
-            f"loss.tail is {given}, and the ids of target store {path} were chosen with {held} "
-            "for the rest",
-            hint="loss.kind = forward_kl with tail = prior goes with codec.kind = adaptive with "
-            "tail = prior, and neither without the other",
+            f"target store {path} names what departs from its prior alone, and the loss reads none",
+            hint="set loss.kind = forward_kl and loss.tail = prior, or score again with "
+            "codec.tail = even",
+        )
+    if reads_prior and codec.tail != "prior":
+        raise DataError(
+            f"loss.tail = prior, and target store {path} has no prior",
+            hint="score again with codec.kind = adaptive and codec.tail = prior, or leave "
+            "loss.tail out",
         )
     drawn = codec.needs == "draws"
     if drawn != getattr(loss, "drawn", False):
