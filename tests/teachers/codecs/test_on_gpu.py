@@ -15,14 +15,17 @@ CONFIGS = [
     AdaptiveConfig(),
     AdaptiveConfig(worth_nats=3e-4, fine_bits=3),
     AdaptiveConfig(top_p=0.9),
+    AdaptiveConfig(tail="prior", worth_nats=3e-3),
 ]
+FIRST = torch.arange(0, 200_000, 3).flip(0)
+RANKING = Ranking(FIRST, torch.arange(len(FIRST)).flip(0) // 1_000)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_gpu_writes_and_reads_the_same_bytes(config):
-    codec = config.build().ranked_by(Ranking(torch.arange(0, 200_000, 3).flip(0)))
+    codec = config.build().ranked_by(RANKING)
     top, places = distributions(60, seed=9).top(codec.asked), torch.tensor([20, 0, 40])
     here = codec.encode(top, places)
     there = codec.encode(top.to("cuda"), places.cuda())
