@@ -39,4 +39,6 @@ test-teacher: setup    ## tests against a real vLLM server, on a CPU, in an envi
 	@$(pytest) -q -m teacher_server
 
 test-gpu: setup    ## tests that need one GPU; with more, also the ones that need several
-	@$(pytest) -q -m "gpu or multi_gpu"
+	@mkdir -p reports
+	@$(pytest) -q -m "gpu or multi_gpu" --junitxml=reports/gpu-tests.xml; status=$$?; \
+		$(bin)/python scripts/gpu_tests.py reports/gpu-tests.xml; exit $$status

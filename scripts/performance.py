@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu_tests import gpu_tests
 from performance_sampling import sampling
 from performance_teacher import teacher_packing, teacher_scoring
 
@@ -333,6 +334,7 @@ def main() -> None:
     if (RESULTS / "teacher-packing.json").exists():
         regions.append(teacher_packing(load("teacher-packing"), table))
     regions.append(sampling(load("sampling"), load("whole-model")["rows"], table))
+    regions.append(gpu_tests(load("gpu-tests"), table))
     page = "\n\n".join([INTRO, *regions]) + "\n"
     if "--check" in sys.argv[1:]:
         if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
