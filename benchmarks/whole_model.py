@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -31,6 +32,7 @@ from benchmarks.common import (
     RESULTS,
     Times,
     free,
+    kept_rows,
     launch_times,
     packed_batch,
     qwen3_moe,
@@ -43,6 +45,7 @@ FLOP_PER_TOKEN = 3.79e9  # the 80-layer student's, forward and backward, attenti
 GEMM_FLOPS = 796e12  # measured ceiling of a bf16 product on an H200
 STEP_TOKENS = 524_288
 Rows = Iterator[dict[str, Any]]
+FIRST_PASS = "first pass"
 WARM_STEPS = 30  # optimizer steps of one micro-batch before anything is timed
 
 
@@ -54,7 +57,6 @@ def row_of(what: str, tokens: int, times: Times, **more: Any) -> dict[str, Any]:
         row["tokens_per_s"] = round(tokens / summary["ms"] * 1e3)
     # Reserved, not allocated: a captured pass holds its memory without owning tensors.
     row |= {"peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1), **more}
-    print(row, flush=True)
     return row
 
 
@@ -267,9 +269,7 @@ def start(args: argparse.Namespace) -> Rows:
         run()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-    row = {"what": "first pass", "caches": args.caches, "s": round(seconds, 1)}
-    print(row, flush=True)
-    yield row | {"layers": args.layers}
+    yield {"what": FIRST_PASS, "caches": args.caches, "s": round(seconds, 1), "layers": args.layers}
 
 
 def peer(args: argparse.Namespace) -> Rows:
@@ -335,19 +335,26 @@ def lanes_of(parts: list[str], gpus: list[str]) -> list[tuple[list[str], str]]:
     return [(parts[:1], gpus[0]), (parts[1:], gpus[1])]
 
 
-def run_parts(parts: list[str], gpu: str) -> list[dict[str, Any]]:
-    """Parts one after the other on one GPU."""
+def run_parts(parts: list[str], gpu: str, keep: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Parts one after the other on one GPU; `keep` gets the rows of each as it ends."""
     chosen = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-    rows = []
     for part in parts:
         if part == "start":
             with tempfile.TemporaryDirectory() as empty:
                 caches = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
                 for found in ("empty", "full"):
-                    rows += run_part(part, f"--caches={found}", **chosen, **caches)
+                    keep(run_part(part, f"--caches={found}", **chosen, **caches))
         else:
-            rows += run_part(part, **chosen)
-    return rows
+            keep(run_part(part, **chosen))
+
+
+def part_of(row: dict[str, Any]) -> str:
+    """Which part measured a row."""
+    if row.get("failed"):
+        return row["what"]
+    if row["what"] == FIRST_PASS:
+        return "start"
+    return "peer" if row["what"].startswith("transformers") else "ours"
 
 
 def run_part(part: str, *words: str, **environment: str) -> list[dict[str, Any]]:
@@ -363,23 +370,30 @@ def run_part(part: str, *words: str, **environment: str) -> list[dict[str, Any]]
 
 
 def main() -> None:
-    """Run the parts that were asked for; write what was measured after each."""
+    """Run the parts that were asked for; write after each, beside what is kept of the others."""
     args = arguments()
-    about = {"layers": args.layers, "seq": SEQ}
-    rows: list[dict[str, Any]] = []
+    about, rows = {"layers": args.layers, "seq": SEQ}, list[dict[str, Any]]()
     if args.only:
         for row in PARTS[args.only](args):
             rows.append(row)
+            print(row, flush=True)
             write_results(args.out, rows, **about)
         return
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     parts = [p for p in ("ours", "start", "peer") if p in args.parts]
-    with ThreadPoolExecutor(max_workers=min(len(gpus), 2)) as pool:
+    kept = [row for row in kept_rows(args.out, **about) if part_of(row) not in parts]
+    turn = threading.Lock()
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        with turn:
+            rows.extend(found)
+            write_results(args.out, [*kept, *rows], **about, gpus_at_once=len(lanes))
+
+    lanes = lanes_of(parts, gpus)
+    with ThreadPoolExecutor(max_workers=len(lanes)) as pool:
         # A second GPU takes the rest while the first trains the student.
-        lanes = [pool.submit(run_parts, lane, gpu) for lane, gpu in lanes_of(parts, gpus)]
-        for lane in as_completed(lanes):
-            rows += lane.result()
-            write_results(args.out, rows, **about, gpus_at_once=len(lanes))
+        for lane in as_completed([pool.submit(run_parts, *lane, keep) for lane in lanes]):
+            lane.result()
 
 
 if __name__ == "__main__":
