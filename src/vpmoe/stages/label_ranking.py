@@ -16,11 +16,16 @@ _COUNTED_TOKENS = 2**24
 _AT_ONCE = 2**20
 
 
-def label_ranking(dataset: Dataset) -> Ranking:
+def label_ranking(dataset: Dataset, known: np.ndarray | None = None) -> Ranking:
     """Ids by how often they are trained labels of the dataset's train split.
 
     Conversations are counted in even steps, all of them up to 17 M tokens. The same dataset has
     the same ranking, whichever split is scored.
+
+    Args:
+        dataset: Either split.
+        known: All ids that a teacher can name, where it is not all of o200k: those that are no
+            label count as one.
 
     Raises:
         DataError: If the train split cannot be read.
@@ -33,7 +38,10 @@ def label_ranking(dataset: Dataset) -> Ranking:
             hint="choose another codec, or build the dataset with a train split",
         ) from error
     step = -(-int(train.lengths.sum()) // _COUNTED_TOKENS)
-    return Ranking.of_counts(label_counts(train, step=step))
+    counts = label_counts(train, step=step)
+    if known is not None:
+        counts[torch.from_numpy(known)] = counts[torch.from_numpy(known)].clamp_min(1)
+    return Ranking.of_counts(counts)
 
 
 def label_counts(dataset: Dataset, *, step: int = 1) -> Int64[Tensor, " vocab"]:

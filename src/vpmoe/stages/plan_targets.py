@@ -18,7 +18,7 @@ from vpmoe.spans import Span
 from vpmoe.stages.label_ranking import label_ranking
 from vpmoe.stages.score import ScoreConfig, pool_of
 from vpmoe.storage.atomic import atomic_path
-from vpmoe.teachers.base import HiddenTeacher, Teacher, TopScores, TopTeacher
+from vpmoe.teachers.base import HiddenTeacher, Teacher, TopScores, TopTeacher, known_ids
 from vpmoe.teachers.frontier import Point, Reference, joined, measure, reference_of
 from vpmoe.teachers.selection import select
 from vpmoe.vocabulary import VOCAB_SIZE
@@ -100,7 +100,7 @@ def plan_targets(config: ScoreConfig, *, places: int = 1_000) -> Plan:
         trained = trained + len(sequence) - (len(document.tokens) - 1)
         chosen.append(rng.choice(trained, min(_PER_DOCUMENT, len(trained)), replace=False))
     reference = _reference(teacher, asked, chosen)
-    ranking = label_ranking(dataset)
+    ranking = label_ranking(dataset, known_ids(teacher))
     trained = sum(int((d.span_ids != Span.IGNORE).sum()) for d in documents)
     return Plan(
         teacher=teacher.identity.name,
@@ -150,8 +150,8 @@ def _whole(
 ) -> Reference:
     """Whole distributions from final states, a few places at a time."""
     weight = teacher.head_weight.float()
-    subset = getattr(teacher, "subset", None)
-    ids = torch.arange(VOCAB_SIZE) if subset is None else torch.from_numpy(subset.ids)
+    known = known_ids(teacher)
+    ids = torch.arange(VOCAB_SIZE) if known is None else torch.from_numpy(known)
     states = torch.cat(
         [
             found[torch.from_numpy(rows).to(found.device)]

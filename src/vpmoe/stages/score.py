@@ -25,7 +25,7 @@ from vpmoe.spans import Span
 from vpmoe.stages.label_ranking import label_ranking
 from vpmoe.teachers import TeacherConfig
 from vpmoe.teachers.ask import Said, checked, said_of
-from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, Teacher, num_known_ids
+from vpmoe.teachers.base import ROLLOUT_LOGPROBS, TARGETS, Teacher, known_ids, num_known_ids
 from vpmoe.teachers.codecs import Codec, CodecConfig, fitted
 from vpmoe.teachers.codecs.logprob import LogprobConfig
 from vpmoe.teachers.selection import Column, Pool, SelectionConfig, select
@@ -245,7 +245,7 @@ def score_dataset(
     config = config.model_copy(update={"codec": fitted(config.codec, num_known_ids(teacher))})
     codec, ranking = config.codec.build(), None
     if codec.by_rank:
-        ranking = label_ranking(dataset)
+        ranking = label_ranking(dataset, known_ids(teacher))
         codec = codec.ranked_by(ranking)
     pool = pool_of(dataset)
     chosen = select(pool, config.selection)

@@ -158,6 +158,12 @@ def num_known_ids(teacher: Teacher) -> int:
     return len(teacher.head_weight) if isinstance(teacher, HiddenTeacher) else VOCAB_SIZE
 
 
+def known_ids(teacher: Teacher) -> np.ndarray | None:
+    """The ids of o200k that a teacher can name, where it says that they are a subset."""
+    subset = getattr(teacher, "subset", None)
+    return None if subset is None else subset.ids
+
+
 def require_logprobs(sequences: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> None:
     """Refuse answers that cannot be log-probabilities of the sequences asked about.
 

@@ -46,17 +46,16 @@ def test_the_order_of_rare_ids_is_not_kept():
     assert len(Ranking.of_counts(counts).to_bytes()) == MOST * ID_BITS // 8 + MOST
 
 
-def test_the_prior_is_how_often_ids_were_seen():
+def test_the_prior_is_how_often_ids_were_seen_and_a_tenth_of_it_even():
     counts = torch.zeros(VOCAB_SIZE, dtype=torch.int64)
     counts[[7, 5, 200_000]] = torch.tensor([200, 80_000, 1])
     prior = Ranking.of_counts(counts).prior(VOCAB_SIZE, CPU)
-    unseen = 0.1
-    expected = torch.full((VOCAB_SIZE,), unseen, dtype=torch.float64)
-    expected[counts > 0] = counts[counts > 0].double()
-    expected = (expected / expected.sum()).log()
+    weights = torch.full((VOCAB_SIZE,), 0.1, dtype=torch.float64)
+    weights[counts > 0] = counts[counts > 0].double()
+    expected = (0.9 * weights / weights.sum() + 0.1 / VOCAB_SIZE).log()
     assert float(prior.exp().sum()) == pytest.approx(1, abs=1e-12)
     torch.testing.assert_close(prior, expected, atol=1 / 8, rtol=0)  # half a step, and the norm's
-    assert float(prior[7] - prior[200_000]) == pytest.approx(math.log(200), abs=1 / 16)
+    assert float(prior[5] - prior[7]) == pytest.approx(math.log(400), abs=1 / 8)
     torch.testing.assert_close(
         Ranking.by_number().prior(VOCAB_SIZE, CPU).exp(),
         torch.full((VOCAB_SIZE,), 1 / VOCAB_SIZE, dtype=torch.float64),
@@ -66,9 +65,10 @@ def test_the_prior_is_how_often_ids_were_seen():
 def test_a_small_vocabulary_leaves_little_to_ids_it_has_not():
     counts = torch.zeros(VOCAB_SIZE, dtype=torch.int64)
     counts[:80] = 1_000
-    for vocab, unseen in ((91, 11), (80, 1), (50, 1)):
+    for vocab, unseen, even in ((91, 11, 11 / 91), (80, 1, 0), (50, 1, 0)):
         prior = Ranking.of_counts(counts).prior(vocab, CPU)
-        assert float(prior[80:].exp().sum()) == pytest.approx(0.1 * unseen / 80_000, rel=0.1)
+        expected = 0.9 * 0.1 * unseen / 80_000 + 0.1 * even
+        assert float(prior[80:].exp().sum()) == pytest.approx(expected, rel=0.1)
 
 
 def test_bytes_of_no_ranking_are_refused():

@@ -17,6 +17,9 @@ MOST = 2**16
 _STEPS = 8  # of a count's natural logarithm
 _LEVELS = 256  # a count up to e^32
 _UNSEEN = 0.1  # the count that stands for none
+# Share of a prior that all ids have alike: a teacher may be smoother than any text, and what a
+# prior calls impossible costs many nats.
+_EVEN = 0.1
 
 
 class Ranking:
@@ -90,6 +93,8 @@ class Ranking:
     def prior(self, vocab: int, device: torch.device) -> Float64[Tensor, " vocab"]:
         """Log-probability of every id of o200k by how often it was seen.
 
+        Nine tenths go by the counts, one tenth evenly to all ids that can come.
+
         Args:
             vocab: How many ids can come at all. Which of the unseen they are is not known: what
                 these would share goes to all unseen ones.
@@ -100,11 +105,14 @@ class Ranking:
         """
         key = vocab, device
         if key not in self._priors:
-            seen, unseen = len(self._first), VOCAB_SIZE - len(self._first)
-            share = _UNSEEN * max(1, vocab - seen) / max(1, unseen)
-            counts = torch.full((VOCAB_SIZE,), share, dtype=torch.float64)
+            unseen = max(1, VOCAB_SIZE - len(self._first))
+            others = max(0, vocab - len(self._first))
+            counts = torch.full((VOCAB_SIZE,), _UNSEEN * max(1, others) / unseen).double()
             counts[self._first] = (self._levels.double() / _STEPS).exp()
-            self._priors[key] = (counts / counts.sum()).log().to(device)
+            even = torch.full((VOCAB_SIZE,), others / unseen).double()
+            even[self._first] = 1.0
+            mixed = (1 - _EVEN) * counts / counts.sum() + _EVEN * even / even.sum()
+            self._priors[key] = mixed.log().to(device)
         return self._priors[key]
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:

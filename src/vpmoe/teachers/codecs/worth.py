@@ -12,7 +12,7 @@ from vpmoe.teachers.codecs.ragged import Ragged
 # Masses are added as whole numbers, so that the sum at a place is the same on every machine and
 # whatever stands before it.
 _UNITS = 2.0**40
-_ROUNDS = 3  # of choosing names; more change the cost by less than a ten-thousandth
+_ROUNDS = 2  # of choosing names; more change the cost by less than a thousandth
 DEEPEST_NATS = 64.0  # what lies further below the likeliest has no mass that float32 could see
 
 
@@ -67,26 +67,31 @@ def departures(
 ) -> tuple[Bool[Tensor, "places entries"], Float64[Tensor, " places"]]:
     """Which of a place's entries are not what a prior says of them; and the mass of all others.
 
-    The mass r that is not named goes to the ids in proportion to their prior q, each getting
-    s q with s = r / (1 - the named ids' prior). To name an id of probability t instead saves
-    t ln(t / (s q)) - t + s q, never less than nothing, and nothing where the prior is right: a
-    frequent word that is as likely as ever need not be named. Those that save `worth_nats` are
-    named, s follows from them, and so on: every round lowers the KL plus `worth_nats` for each
-    name. One is named at least.
+    The mass R that is not named goes to the ids in proportion to their prior. Of ids that hold M of
+    the prior together, one of probability t and prior q would get R q / M. To name it leaves R - t
+    for M - q and lowers the KL by t ln(t M / (R q)) + (R - t) ln((R - t) M / (R (M - q))): never by
+    less than nothing, and by nothing where the prior is right. A frequent word that is as likely as
+    ever need not be named. Ids that save `worth_nats` beside the names of the round before are
+    named; one is named at least.
 
     References:
-        own; s is the best scale for given names, the choice is the best for given s.
+        own.
     """
     values, log_q = entries.logprobs.double(), prior.index_select(0, entries.ids.reshape(-1))
     mass, log_q = values.exp(), log_q.reshape(values.shape)
-    units, prior_units = ((x * _UNITS + 0.5).long() for x in (mass, log_q.exp()))
-    least = entries.tail.double().exp().clamp_min(1e-300)
+    share = log_q.exp()
+    units, prior_units = ((x * _UNITS + 0.5).long() for x in (mass, share))
+    least = entries.tail.double().exp().clamp_min(1 / _UNITS)
     named = torch.zeros_like(values, dtype=torch.bool)
     named[:, 0] = True
     for _ in range(_ROUNDS):
-        scale = _left(units, named).maximum(least).log() - _left(prior_units, named).log()
-        even = scale[:, None] + log_q
-        saved = torch.where(mass > 0, mass * (values - even), 0.0) - mass + even.exp()
+        left, held = _left(units, named).maximum(least), _left(prior_units, named)
+        before = left[:, None] + torch.where(named, mass, 0.0)
+        among = held[:, None] + torch.where(named, share, 0.0)
+        after = (before - mass).maximum(least[:, None])
+        even = (before / among).log()
+        saved = torch.where(mass > 0, mass * (values - log_q - even), 0.0)
+        saved += after * ((after / (among - share).clamp_min(1 / _UNITS)).log() - even)
         named = saved >= worth_nats
         named[:, 0] |= ~named.any(dim=1)
     return named, _left(units, named).maximum(least)
