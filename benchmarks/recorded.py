@@ -23,9 +23,7 @@ def recorded(hidden: Tensor, head: Tensor) -> Reference:
     ids, parts = torch.arange(len(head), device=head.device), []
     for rows in hidden.split(ROWS):
         logprobs = (rows.float() @ head.float().T).double().log_softmax(1)
-        values, columns = logprobs.topk(min(KEPT, len(head)), dim=1)
-        whole = replace(reference_of(logprobs, ids), ids=ids[columns], logprobs=values)
-        parts.append(_on_cpu(whole))
+        parts.append(_on_cpu(reference_of(logprobs, ids, kept=KEPT)))
     return joined(parts)
 
 
@@ -36,12 +34,14 @@ def _on_cpu(reference: Reference) -> Reference:
 
 def save(path: Path, reference: Reference) -> None:
     """In a file that `python -m benchmarks.target_codecs --captured` reads."""
-    np.savez_compressed(
-        path,
-        entropy=reference.entropy.numpy(),
-        squares=reference.squares.numpy(),
-        top_ids=reference.ids.int().numpy(),
-        top_logprobs=reference.logprobs.float().numpy(),
-        drawn_ids=reference.drawn_ids.int().numpy(),
-        drawn_logprobs=reference.drawn_logprobs.float().numpy(),
-    )
+    held = {
+        "entropy": reference.entropy,
+        "squares": reference.squares,
+        "top_ids": reference.ids.int(),
+        "top_logprobs": reference.logprobs.float(),
+        "drawn_ids": reference.drawn_ids.int(),
+        "drawn_logprobs": reference.drawn_logprobs.float(),
+    }
+    if reference.rest_ids is not None:
+        held["rest_ids"] = reference.rest_ids.int()
+    np.savez_compressed(path, allow_pickle=False, **{k: v.numpy() for k, v in held.items()})

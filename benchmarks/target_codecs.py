@@ -127,6 +127,7 @@ def captured(path: Path) -> Reference:
         drawn_ids=held["drawn_ids"].long()[:, :50],
         drawn_logprobs=held["drawn_logprobs"].double()[:, :50],
         vocab=VOCAB_SIZE,
+        rest_ids=held["rest_ids"].long() if "rest_ids" in held else None,
     )
 
 

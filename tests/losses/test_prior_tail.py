@@ -162,6 +162,49 @@ def test_a_direction_is_found_without_rounding_a_half_precision_head():
     )
 
 
+def close_to_its_teacher(device="cpu"):
+    """Half precision, rows of the head that have much in common, a student near its teacher."""
+    rng = torch.Generator().manual_seed(5)
+    vocab, dim, rows = 2_000, 64, 40
+    common = 3 * torch.randn(dim, generator=rng)
+    head = (torch.randn(vocab, dim, generator=rng) + common).bfloat16()
+    hidden = (0.3 * torch.randn(rows, dim, generator=rng)).bfloat16()
+    logprobs = (hidden.double() @ head.double().T).log_softmax(1)
+    teacher = (logprobs + 0.1 * torch.randn(rows, vocab, generator=rng)).log_softmax(1)
+    values, ids = teacher.topk(8, dim=1)
+    leaves = {"hidden": hidden.to(device), "head_weight": head.to(device)}
+    return LossInputs(
+        **{name: leaf.requires_grad_() for name, leaf in leaves.items()},
+        labels=ids[:, 0].to(device),
+        span_ids=torch.ones(rows, dtype=torch.uint8, device=device),
+        content_mask=torch.ones(rows, dtype=torch.bool, device=device),
+        target_ids=ids.to(device),
+        target_logprobs=values.float().to(device),
+        target_tail=(1 - values.exp().sum(1)).log().float().to(device),
+        target_prior=teacher.exp().mean(0).log().to(device),
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_parts_that_nearly_cancel_are_rounded_once(device):
+    rows = close_to_its_teacher(device)
+    total = ForwardKLConfig(tail="prior").build()(rows, SCALES.to(device)).total
+    (found,) = torch.autograd.grad(total, [rows.hidden])
+    hidden = rows.hidden.detach().cpu().double().requires_grad_()
+    head = rows.head_weight.detach().cpu().double()
+    values, ids, prior = (
+        getattr(rows, name).detach().cpu()
+        for name in ("target_logprobs", "target_ids", "target_prior")
+    )
+    whole = prior.exp().repeat(len(ids), 1).scatter(1, ids, 0.0)
+    whole *= rows.target_tail.cpu().double().exp()[:, None] / whole.sum(1, keepdim=True)
+    whole.scatter_(1, ids, values.double().exp())
+    loss = -(whole * (hidden @ head.T).log_softmax(1)).sum() * 0.7
+    (expected,) = torch.autograd.grad(loss, [hidden])
+    error = (found.cpu().double() - expected).norm() / expected.norm()
+    assert float(error) < 0.025  # each part rounded by itself: 0.08 and more
+
+
 @pytest.mark.gpu
 def test_half_precision_on_a_gpu_is_near_the_definition():
     config = ForwardKLConfig(tail="prior")

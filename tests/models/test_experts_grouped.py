@@ -57,6 +57,23 @@ def test_values_and_gradients_are_the_references(activation, bias, routing, rows
         assert float((one.double() - other).detach().abs().max()) <= tolerance * scale
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_biases_of_a_hot_expert_are_summed_without_rounding_in_half_precision(device):
+    """A running sum in bfloat16 would stand still after a few hundred rows."""
+    torch.manual_seed(1)
+    rows = 4_000
+    experts = Experts(2, hidden_size=DIM, width=WIDTH, activation="relu2", bias=True)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    experts.to(device, torch.bfloat16)
+    hidden = torch.randn(rows, DIM, device=device).bfloat16()
+    ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+    weights, upstream = torch.ones(rows, 1, device=device), torch.ones(rows, DIM, device=device)
+    out = moe_grouped(hidden, ids, weights, experts.weights, activation="relu2")
+    (grad,) = torch.autograd.grad(out, [experts.down_bias], upstream.bfloat16())
+    torch.testing.assert_close(grad[0].float(), torch.full_like(grad[0], rows).float())
+
+
 def test_the_signatures_are_the_references():
     grouped = kernels_named("grouped")
     for name in ("moe", "require"):

@@ -1,6 +1,7 @@
 """Scoring with distributions: the right ids at the right labels, through store and loader."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -179,6 +180,24 @@ def test_nonsense_from_the_teacher_stops_the_run(dataset, tmp_path, change, mess
     with pytest.raises(TeacherError, match=message):
         score_dataset(dataset, spoiled(change), config_for(tmp_path, codec=TOP_K))
     assert not list(tmp_path.glob("*.arrow"))
+
+
+@pytest.mark.parametrize("at_once", [1, 300, 10**6])
+def test_a_complaint_names_the_place_that_is_wrong(dataset, monkeypatch, at_once):
+    monkeypatch.setattr(score, "_PACKED_PLACES", at_once)
+    documents = [dataset.conversation(index) for index in range(4)]
+    built = config_for(dataset, codec=TOP_K).codec.build()
+    heard = ask_about(dataset, TopPrefixTeacher(), built, documents)
+    wrong = heard.said[2].top_ids.copy()
+    wrong[5] = VOCAB_SIZE + 7
+    said = list(heard.said)
+    said[2] = TopScores(said[2].logprobs, wrong, said[2].top_logprobs)
+    with pytest.raises(TeacherError) as caught:
+        packed(replace(heard, said=said), built)
+    assert caught.value.message == (
+        f"the teacher named id {VOCAB_SIZE + 7} for token 6 of sequence 2, which is outside the "
+        "vocabulary"
+    )
 
 
 @pytest.mark.parametrize("then", ["answers", "breaks"])

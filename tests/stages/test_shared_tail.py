@@ -8,11 +8,14 @@ import torch
 
 from tests.stages.test_distillation import TEACHER, kept, stage_two
 from tests.stages.test_distillation import started as started  # a fixture
+from vpmoe.batch import Batch
 from vpmoe.config import validate
 from vpmoe.data.dataset import Dataset
 from vpmoe.data.loader import PackedLoader
 from vpmoe.errors import DataError
 from vpmoe.losses import ForwardKLConfig
+from vpmoe.losses.base import WrappedLoss
+from vpmoe.models.student import build_student
 from vpmoe.spans import Span
 from vpmoe.stages import offline, score
 from vpmoe.stages.label_ranking import label_counts
@@ -77,6 +80,52 @@ def test_the_loss_is_the_kl_to_what_the_store_says_of_the_whole_vocabulary(start
     torch.testing.assert_close(found.loss_sums, expected, rtol=2e-4, atol=1e-4)
 
 
+def test_a_student_without_some_named_ids_gets_their_mass_in_the_tail(started, stores):
+    dataset = Dataset(started / "data", "train")
+    store = open_targets(stores["prior"], dataset)
+    student, _ = offline.open_student(
+        stage_two(started, "unused", targets={"path": str(stores["prior"])}, loss=LOSS),
+        torch.device("cpu"),
+    )
+    document = dataset.conversation(0)
+    labels = set(document.tokens.tolist())
+    ids = student.ids_of(torch.arange(student.config.num_rows))
+    fewer = [i for i in ids.tolist() if i in labels or i % 3]
+    config = student.config.model_copy(update={"vocab_subset": tuple(fewer)})
+    small = build_student(config, seed=1, device="cpu").double()
+    seen = {}
+
+    class Spy(WrappedLoss):
+        def __call__(self, inputs, span_scales):
+            seen["inputs"] = inputs
+            return super().__call__(inputs, span_scales)
+
+    loss = offline.SharedTail(Spy(ForwardKLConfig(tail="prior").build()), store.codec, small)
+    rows = len(document.tokens) - 1
+    named = ids[:6].repeat(1, rows, 1)
+    chances = torch.tensor([0.3, 0.2, 0.1, 0.1, 0.05, 0.05]).log().repeat(1, rows, 1)
+    places = torch.arange(rows)[None]
+    batch = Batch(
+        torch.from_numpy(document.tokens[:-1].astype("int64"))[None],
+        torch.from_numpy(document.tokens[1:].astype("int64"))[None],
+        torch.from_numpy(document.span_ids[:-1].copy())[None],
+        torch.zeros_like(places),
+        places,
+        target_ids=named,
+        target_logprobs=chances,
+        target_tail=torch.full((1, rows), 0.2).log(),
+    )
+    with torch.no_grad():
+        inputs = loss_inputs(small, batch, forward(small, batch, batch.num_documents))
+        loss(inputs, SCALES)
+    given = seen["inputs"]
+    lacking = [i for i in ids[:6].tolist() if i not in fewer]
+    assert 0 < len(lacking) < 6 and given.target_cap is None
+    torch.testing.assert_close(given.target_prior.exp().sum(), torch.tensor(1.0).double())
+    moved = 0.2 + sum(float(chances[0, 0, ids[:6].tolist().index(i)].exp()) for i in lacking)
+    assert float(given.target_tail[0].exp()) == pytest.approx(moved, rel=1e-5)
+
+
 def test_entries_are_what_departs_from_the_frequencies(started, stores):
     dataset = Dataset(started / "data", "train")
     store = open_targets(stores["prior"], dataset)
@@ -109,18 +158,20 @@ def test_a_student_learns_from_it(started, stores):
 
 
 @pytest.mark.parametrize(
-    ("store", "loss", "message"),
+    ("store", "loss", "message", "hint"),
     [
-        ("prior", {"kind": "forward_kl"}, "names what departs from its prior alone"),
-        ("prior", {"kind": "reverse_kl"}, "names what departs from its prior alone"),
-        ("even", LOSS, "has no prior"),
-        ("targets", LOSS, "holds log-probs alone"),
+        ("prior", {"kind": "forward_kl"}, "names what departs from its prior", "tail = prior, or"),
+        ("prior", {"kind": "reverse_kl"}, "names what departs from its prior", "tail = even"),
+        ("even", LOSS, "has no prior", "adaptive and codec.tail = prior"),
+        ("targets", LOSS, "holds log-probs alone", "adaptive and codec.tail = prior"),
+        ("targets", {"kind": "forward_kl"}, "holds log-probs alone", "set_coded"),
     ],
 )
-def test_store_and_loss_must_agree_on_the_tail(started, stores, store, loss, message):
+def test_store_and_loss_must_agree_on_the_tail(started, stores, store, loss, message, hint):
     path = str(stores.get(store, started / store))
     config = stage_two(started, "refused", targets={"path": path}, loss=loss)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         offline.run(config)
+    assert hint in caught.value.hint
     with pytest.raises(DataError, match=message):
         offline.store_lines(config)

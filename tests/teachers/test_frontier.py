@@ -1,16 +1,18 @@
 """The frontier's numbers against whole distributions in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.teachers.codecs.made import distributions, through
+from vpmoe.teachers import frontier
 from vpmoe.teachers.codecs import Entries
 from vpmoe.teachers.codecs.adaptive import AdaptiveConfig
 from vpmoe.teachers.codecs.ranking import MOST, Ranking
 from vpmoe.teachers.codecs.set_coded import SetCodedConfig
 from vpmoe.teachers.frontier import (
     GRID,
-    Reference,
     joined,
     kl,
     measure,
@@ -61,28 +63,23 @@ def test_errors_beside_a_prior_are_those_of_the_whole_distribution():
     )
 
 
-def test_a_reference_of_the_likeliest_alone_takes_the_rest_for_uniform_beside_a_prior_too():
-    top = REFERENCE.top(64)
-    mass = REFERENCE.logprobs[:, :64].exp()
-    spread = ((1 - mass.sum(1)) / (VOCAB_SIZE - 64)).log()
-    even = spread[:, None].repeat(1, VOCAB_SIZE).scatter(1, top.ids, REFERENCE.logprobs[:, :64])
-    narrow = Reference(
-        entropy=-(even.exp() * even).sum(1),
-        squares=even.exp().square().sum(1),
-        ids=top.ids,
-        logprobs=REFERENCE.logprobs[:, :64],
-        drawn_ids=torch.zeros(len(top), 0, dtype=torch.int64),
-        drawn_logprobs=torch.zeros(len(top), 0, dtype=torch.float64),
-        vocab=VOCAB_SIZE,
-        exact=False,
-    )
-    counts = torch.arange(VOCAB_SIZE).flip(0) // 50
-    codec = AdaptiveConfig(k=64, tail="prior", worth_nats=1e-2).build()
-    codec = codec.ranked_by(Ranking.of_counts(counts))
-    entries = through(codec, top)
-    prior = codec.prior(torch.device("cpu"))
-    dense = (even.exp() * (even - rebuilt(entries, prior).log())).sum(1)
-    torch.testing.assert_close(kl(narrow, entries, prior), dense, atol=1e-6, rtol=1e-6)
+def test_what_a_prior_does_in_an_unknown_tail_is_not_said():
+    narrow = replace(REFERENCE, exact=False, rest_ids=None)
+    names = {point.name for point in measure(narrow)}
+    assert "adaptive 0.01" in names and not any(name.startswith("prior") for name in names)
+
+
+def test_draws_from_the_rest_say_what_the_rest_is():
+    """A fifth of the mass beyond the ids that are held: its mean log prior to a few hundredths."""
+    flat = torch.cat([TEACHER.logprobs[:4], TEACHER.logprobs[:4] * 0.6]).log_softmax(1)
+    reference = reference_of(flat, torch.arange(VOCAB_SIZE))
+    left = 1 - reference.logprobs.exp().sum(1)
+    assert bool((left > 0.2).any())
+    values = -torch.arange(1, VOCAB_SIZE + 1).double().log()
+    exact = (flat.exp() * values).sum(1)
+    found = frontier._mean_of(reference, values)
+    torch.testing.assert_close(found, exact, atol=0.3, rtol=0)
+    assert abs(float((found - exact).mean())) < 0.1
 
 
 def test_drawn_ids_have_the_error_of_their_frequencies():

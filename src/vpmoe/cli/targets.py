@@ -38,9 +38,10 @@ def plan(
 ) -> None:
     """Measure what each codec keeps of the teacher, and what it costs, before anything is captured.
 
-    CONFIG is one of vpmoe score. Error is KL(teacher || rebuilt), what is not named spread evenly
-    over all other ids; grad is what the rebuilt distribution changes in a cross-entropy's
-    gradient at the logits. Hours are the teacher's on this machine, at the speed just measured.
+    CONFIG is one of vpmoe score. Error is KL(teacher || rebuilt), what is not named spread over all
+    other ids, evenly or by how often they are labels; grad is what the rebuilt distribution changes
+    in a cross-entropy's gradient at the logits. Hours are the teacher's on this machine, at the
+    speed just measured.
     """
     from vpmoe.config import load
     from vpmoe.stages.plan_targets import plan_targets, write_plan
@@ -53,7 +54,10 @@ def plan(
         return
     seen = "whole distributions"
     if not found.exact:
-        seen = f"its likeliest {found.kept} ids; the rest taken for uniform, so errors are too low"
+        seen = (
+            f"its likeliest {found.kept} ids; the rest taken for uniform, so errors are too low, "
+            "and those of a tail by a prior are not known"
+        )
     hours = tokens / found.tokens_per_s / 3600
     print_facts(
         [
@@ -125,10 +129,10 @@ def show(
     targets: Store,
     sample: Annotated[str, typer.Argument(metavar="[SAMPLE]", help="Its id.")] = "",
     data: Data = None,
-    choices: Annotated[int, typer.Option("--choices", min=1, help="Ids of each label.")] = 4,
+    choices: Annotated[int, typer.Option("--choices", min=1, help="Named ids of each label.")] = 4,
     as_json: Json = False,
 ) -> None:
-    """Print one sample's labels with the teacher's likeliest choices beside them."""
+    """Print one sample's labels with the ids that the store names there, the likeliest first."""
     from vpmoe.stages.inspect_targets import shown
 
     name, labels = shown(targets, sample, data, choices=choices)
@@ -145,7 +149,7 @@ def show(
         )
         for label in labels
     ]
-    print_table(("label", "span", "log-prob", "choices", "others"), rows, title=name)
+    print_table(("label", "span", "log-prob", "named", "others"), rows, title=name)
 
 
 @app.command()

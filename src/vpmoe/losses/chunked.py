@@ -190,12 +190,13 @@ def chunked_loss(
             if result.grad_logits is None:
                 continue
             grad_logits = result.grad_logits.to(hidden.dtype)
+            along = None if direction is None else result.grad_along
             if hidden_grad is not None:
-                hidden_grad[rows] = grad_logits @ head_weight
+                hidden_grad[rows] = _states_grad(grad_logits, head_weight, direction, along)
             if head_grad is not None:
                 _add_product(head_grad, grad_logits.T, hidden[rows])
-            if direction is not None and result.grad_along is not None:
-                _add_along(direction, result.grad_along, hidden, rows, hidden_grad, head_grad)
+                if direction is not None and along is not None:
+                    head_grad.addr_(direction.weights, along @ hidden[rows].to(along.dtype))
             del logits, result, grad_logits  # or the next chunk's would need memory beside them
         values = torch.cat([values for values, _ in results])
         extras = {
@@ -207,19 +208,27 @@ def chunked_loss(
     return ChunkedResult(total, values, extras)
 
 
-def _add_along(
-    direction: Direction,
-    grad: Float[Tensor, " chunk"],
-    hidden: Tensor,
-    rows: slice,
-    hidden_grad: Tensor | None,
-    head_grad: Tensor | None,
-) -> None:
-    """The part of a chunk's gradients that lies along the direction."""
-    if hidden_grad is not None:
-        hidden_grad[rows] += torch.outer(grad, direction.state).to(hidden_grad.dtype)
-    if head_grad is not None:
-        head_grad.addr_(direction.weights, grad @ hidden[rows].to(grad.dtype))
+def _states_grad(
+    grad_logits: Float[Tensor, "chunk vocab"],
+    head: Float[Tensor, "vocab dim"],
+    direction: Direction | None,
+    along: Float[Tensor, " chunk"] | None,
+) -> Float[Tensor, "chunk dim"]:
+    """A chunk's gradient by the states.
+
+    The two parts beside a direction nearly cancel where rows of the head have much in common, so
+    that only their sum is rounded.
+    """
+    if direction is None or along is None:
+        return grad_logits @ head
+    wide = direction.state.dtype
+    if grad_logits.dtype == wide:
+        product = grad_logits @ head
+    elif grad_logits.is_cuda:
+        product = torch.mm(grad_logits, head, out_dtype=wide)
+    else:
+        product = grad_logits.to(wide) @ head.to(wide)
+    return product.addr_(along, direction.state)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

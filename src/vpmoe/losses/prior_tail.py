@@ -12,7 +12,7 @@ from vpmoe.losses.distillation import StoredDistillation
 from vpmoe.losses.tails import log1mexp, stored_tail
 from vpmoe.losses.targets import TARGET_NEEDS, StudentScores, target_row_function
 
-_NOTHING = -14.0  # log of what float32 may leave of a prior whose every id has an entry
+_NOTHING = -30.0  # log of what rounding may leave of a prior whose every id has an entry
 
 
 class PriorDistillation(StoredDistillation):
@@ -44,14 +44,14 @@ class PriorDistillation(StoredDistillation):
         """The row function, and the prior as a direction."""
         assert rows.target_ids is not None and rows.target_logprobs is not None
         assert rows.target_prior is not None  # `needs` was checked
-        wide = torch.float64 if rows.hidden.dtype == torch.float64 else torch.float32
-        power, prior = 1 / self.config.temperature, rows.target_prior.to(wide)
+        # What an entry changes is a difference, so that numbers of entries are float64 throughout.
+        power, prior = 1 / self.config.temperature, rows.target_prior.double()
         cool = power * prior
         whole = cool.logsumexp(dim=0)
         entries, tail = tempered_by_prior(
             rows.target_ids,
-            rows.target_logprobs,
-            stored_tail(rows.target_logprobs, rows.target_tail),
+            rows.target_logprobs.double(),
+            stored_tail(rows.target_logprobs, rows.target_tail).double(),
             prior,
             power=power,
         )
@@ -74,9 +74,9 @@ class PriorDistillation(StoredDistillation):
         negentropy = (prior.exp() * prior).sum() - _x_log_x(own).sum(dim=1)
         known = _x_log_x(teacher).sum(dim=1) + scale * negentropy
         known = known + torch.where(scale > 0, tail.exp() * log_scale, 0.0)
-        signed = teacher.exp() - scale[:, None] * own.exp()
+        signed = (teacher.exp() - scale[:, None] * own.exp()).to(student.entries.dtype)
         named = (signed * student.entries.masked_fill(~used, 0.0)).sum(dim=1)
-        return known - named - scale * student.along
+        return known.to(named) - named - scale.to(named) * student.along
 
 
 def tempered_by_prior(

@@ -36,7 +36,8 @@ def moe_grouped(
 
     def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-        return out if bias is None else out + bias[expert_of_row]
+        # In half precision a bias's gradient would be a sum that is rounded after every row.
+        return out if bias is None else out + bias.float()[expert_of_row].to(out.dtype)
 
     out = through_experts(hidden, expert_ids, expert_weights, experts, linear, activation)
     return out if residual is None else residual + out

@@ -193,7 +193,7 @@ class Shown:
         span: Its span's name.
         token: Text of the label; empty where no dataset says it.
         logprob: The teacher's, nats.
-        choices: Text and probability of its likeliest ids.
+        choices: Text and probability of named ids, the likeliest first.
         tail_mass: On all other ids.
     """
 
@@ -214,7 +214,7 @@ def shown(
         path: Of the store.
         sample_id: Which sample; empty takes the first.
         data: The dataset, for the labels themselves.
-        choices: How many of the likeliest ids.
+        choices: How many of the named ids.
 
     Raises:
         DataError: If the store has no such sample.

@@ -289,12 +289,13 @@ def _require_served(path: Path, codec: Codec, loss: Loss) -> None:
     """
     if TARGETS not in loss.needs:
         return
+    reads_prior = "target_prior" in loss.needs
+    again = "adaptive and codec.tail = prior" if reads_prior else "set_coded"
     if not codec.max_entries:
         raise DataError(
             f"the loss needs distributions, and target store {path} holds log-probs alone",
-            hint="score again with codec.kind = set_coded, or choose another loss",
+            hint=f"score again with codec.kind = {again}, or choose another loss",
         )
-    reads_prior = "target_prior" in loss.needs
     if codec.tail == "prior" and not reads_prior:
         raise DataError(
             f"target store {path} names what departs from its prior alone, and the loss reads none",
@@ -304,8 +305,7 @@ def _require_served(path: Path, codec: Codec, loss: Loss) -> None:
     if reads_prior and codec.tail != "prior":
         raise DataError(
             f"loss.tail = prior, and target store {path} has no prior",
-            hint="score again with codec.kind = adaptive and codec.tail = prior, or leave "
-            "loss.tail out",
+            hint=f"score again with codec.kind = {again}, or leave loss.tail out",
         )
     drawn = codec.needs == "draws"
     if drawn != getattr(loss, "drawn", False):

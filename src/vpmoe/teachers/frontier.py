@@ -20,6 +20,7 @@ from vpmoe.teachers.codecs.top_k import TopKConfig
 
 LOGPROB_BYTES = 2  # of the token itself, beside every codec
 KEPT = 512  # likeliest ids of each place that are held; every codec's ids are among them
+REST_DRAWS = 200  # of the others, which say what a prior does there
 RECOMMENDED = "DistillKit"  # the name of its recommended setting
 _RECOMMENDED: dict[str, Any] = {"monotone": False}  # as DistillKit itself reads
 _BUDGET = {**_RECOMMENDED, "k": 50, "exact_k": 1, "polynomial_terms": (0, 1, "sqrt")}
@@ -61,6 +62,8 @@ class Reference:
         drawn_logprobs: Theirs.
         vocab: How many ids the teacher knows.
         exact: False where only the likeliest ids were known, and the rest was taken for uniform.
+        rest_ids: Drawn from the teacher among all ids but the likeliest; None where all draws are
+            from the whole.
     """
 
     entropy: Float64[Tensor, " places"]
@@ -71,6 +74,7 @@ class Reference:
     drawn_logprobs: Float64[Tensor, "places draws"]
     vocab: int
     exact: bool = True
+    rest_ids: Int64[Tensor, "places rest"] | None = None
 
     def __len__(self) -> int:
         return len(self.entropy)
@@ -93,7 +97,11 @@ class Reference:
 
 
 def reference_of(
-    logprobs: Float[Tensor, "places vocab"], ids: Int64[Tensor, " vocab"], *, draws: int = 50
+    logprobs: Float[Tensor, "places vocab"],
+    ids: Int64[Tensor, " vocab"],
+    *,
+    draws: int = 50,
+    kept: int = KEPT,
 ) -> Reference:
     """All that is needed of whole distributions.
 
@@ -101,11 +109,15 @@ def reference_of(
         logprobs: Normalised, float64 for exact sums.
         ids: o200k id of each column, ascending.
         draws: How often to draw at each place.
+        kept: How many likeliest ids to hold.
     """
     wide = logprobs.double()
     mass = wide.exp()
-    values, columns = wide.topk(min(KEPT, wide.shape[1]), dim=1)
+    values, columns = wide.topk(min(kept, wide.shape[1]), dim=1)
     drawn = torch.multinomial(mass, draws, replacement=True)
+    rest = mass.scatter(1, columns, 0.0)
+    rest[rest.sum(1) <= 0] = 1.0  # whatever is drawn there has no weight
+    others = torch.multinomial(rest, REST_DRAWS, replacement=True)
     return Reference(
         entropy=-(mass * wide.clamp_min(-1e9)).sum(1),
         squares=mass.square().sum(1),
@@ -114,6 +126,7 @@ def reference_of(
         drawn_ids=ids[drawn],
         drawn_logprobs=wide.gather(1, drawn),
         vocab=wide.shape[1],
+        rest_ids=ids[others],
     )
 
 
@@ -121,7 +134,13 @@ def joined(parts: Sequence[Reference]) -> Reference:
     """References of one teacher as one."""
     names = ("entropy", "squares", "ids", "logprobs", "drawn_ids", "drawn_logprobs")
     tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return Reference(**tensors, vocab=parts[0].vocab, exact=all(part.exact for part in parts))
+    rest = [part.rest_ids for part in parts if part.rest_ids is not None]
+    return Reference(
+        **tensors,
+        vocab=parts[0].vocab,
+        exact=all(part.exact for part in parts),
+        rest_ids=torch.cat(rest) if len(rest) == len(parts) else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -173,6 +192,8 @@ def measure(
 
 
 def _fits(reference: Reference, config: CodecConfig) -> bool:
+    if config.kind == "adaptive" and config.tail == "prior" and not reference.exact:
+        return False  # nothing is known of the tail, and all would depend on what is assumed
     seen = reference.drawn_ids if config.kind == "sampled" else reference.ids
     return config.kind == "adaptive" or config.build().asked <= seen.shape[1]
 
@@ -240,12 +261,11 @@ class TailShares:
 
 def _mean_of(reference: Reference, values: Float64[Tensor, " vocab"]) -> Float64[Tensor, " places"]:
     """The teacher's mean of a function of the id: its likeliest ids exactly, the rest as drawn."""
-    likeliest = (reference.logprobs.exp() * values[reference.ids]).sum(1)
-    if not reference.drawn_ids.shape[1]:  # of a reference that takes the rest for uniform
-        others = (values.sum() - values[reference.ids].sum(1)) / (
-            len(values) - reference.ids.shape[1]
-        )
-        return likeliest + (1.0 - reference.logprobs.exp().sum(1)).clamp_min(0.0) * others
+    mass = reference.logprobs.exp()
+    likeliest = (mass * values[reference.ids]).sum(1)
+    if reference.rest_ids is not None:
+        left = (1.0 - mass.sum(1)).clamp_min(0.0)
+        return likeliest + left * values[reference.rest_ids].mean(1)
     known = (reference.drawn_ids[:, :, None] == reference.ids[:, None, :]).any(2)
     return likeliest + values[reference.drawn_ids].masked_fill(known, 0.0).mean(1)
 

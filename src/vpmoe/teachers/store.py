@@ -36,7 +36,7 @@ from vpmoe.teachers.shards import (
     write_shard,
 )
 
-SCHEMA = "vpmoe_targets_v2"
+SCHEMA = "vpmoe_targets_v3"
 _LOCK_NAME = ".lock"
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 

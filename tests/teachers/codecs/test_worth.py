@@ -144,6 +144,14 @@ def test_a_frequent_id_as_likely_as_ever_needs_no_name_and_a_missing_one_does():
     assert sorted(ids[named[0]].tolist()) == [3, 5]
 
 
+def test_what_is_left_is_never_less_than_what_the_teacher_left():
+    prior = Ranking.by_number().prior(VOCAB_SIZE, torch.device("cpu"))
+    values = torch.tensor([[0.75, 0.25]]).log()
+    top = Entries(torch.tensor([[5, 9]]), values, torch.tensor([math.log(1e-6)]))
+    named, left = departures(top, worth_nats=1e-3, prior=prior)
+    assert named.all() and float(left[0]) == pytest.approx(1e-6, rel=1e-3)
+
+
 def test_departures_of_a_place_do_not_depend_on_its_neighbours():
     prior = prior_of(2)
     _, top = near_a_prior(prior, 6, 50, 9, 2.0)

@@ -47,8 +47,9 @@ class AdaptiveConfig(Config):
     """An id is kept while naming it lowers the KL by this much at least."""
     vocab: int | None = Field(default=None, ge=2, le=VOCAB_SIZE)
     """Ids that the rest of the teacher's mass is spread over; absent = over all it knows."""
-    fine_bits: int = Field(default=0, ge=0, le=6)
-    """Of each log-prob, beyond the two or three that it takes anyway; each halves its error."""
+    fine_bits: int | None = Field(default=None, ge=0, le=6)
+    """Of each log-prob, beyond the two or three that it takes anyway; each halves its error. Absent
+    = none, or two beside a prior, where the least likely name may weigh much."""
     tail: Tail = "even"
     """What the ids without a name share their mass by: evenly, or by how often each is a label.
 
@@ -67,7 +68,15 @@ class AdaptiveConfig(Config):
     def of_teacher(self, num_ids: int) -> Self:
         """The same, its sizes no longer open: for a teacher that knows so many ids."""
         vocab = num_ids if self.vocab is None else self.vocab
-        return self.model_copy(update={"vocab": vocab, "k": min(self.k, num_ids)})
+        sizes = {"vocab": vocab, "k": min(self.k, num_ids)}
+        return self.model_copy(update={**sizes, "fine_bits": self.known_fine_bits})
+
+    @property
+    def known_fine_bits(self) -> int:
+        """`fine_bits`, or what it is where it is absent."""
+        if self.fine_bits is not None:
+            return self.fine_bits
+        return 2 if self.tail == "prior" else 0
 
     def build(self) -> "Adaptive":
         """The codec."""
@@ -99,7 +108,8 @@ class Adaptive(Codec):
         self.asked = self.max_entries = min(config.k, self._vocab)
         # Half a step of the least entries, as much again where all entries together are off by it,
         # and what the byte of the tail rounds.
-        self.rounding_nats = 2.0**-config.fine_bits + 0.15
+        self._fine_bits = config.known_fine_bits
+        self.rounding_nats = 2.0**-self._fine_bits + 0.15
 
     def prior(self, device: torch.device) -> Float64[Tensor, " vocab"] | None:
         """Log-probs by which ids without a name share the tail; None where they share evenly."""
@@ -144,7 +154,7 @@ class Adaptive(Codec):
             "counts": Column((counts - 1).to(torch.uint8), places),
             "tail": Column(odds_code(left), places),
             **encode_ranks(keys - shape.place * VOCAB_SIZE, shape),
-            **encode_levels(height.index_select(0, order), shape, fine_bits=config.fine_bits),
+            **encode_levels(height.index_select(0, order), shape, fine_bits=self._fine_bits),
         }
 
     def decode(
@@ -163,9 +173,7 @@ class Adaptive(Codec):
             raise damaged(f"{width} ids at a place, where {self.max_entries} is the most")
         shape = Ragged(counts, places)
         ranks = decode_ranks(columns[LOW], columns[HIGH], shape)
-        height = decode_levels(
-            columns[LEVELS], columns[FINE], shape, fine_bits=self._config.fine_bits
-        )
+        height = decode_levels(columns[LEVELS], columns[FINE], shape, fine_bits=self._fine_bits)
         odds = odds_of_code(columns["tail"])
         ids = torch.zeros(len(counts), width, dtype=torch.int64, device=counts.device)
         values = torch.full((len(counts), width), -torch.inf, device=counts.device)
