@@ -13,7 +13,7 @@ from vpmoe.storage.manifest import file_sha256
 from vpmoe.teachers.codecs.adaptive import AdaptiveConfig
 from vpmoe.teachers.codecs.ranking import Ranking
 from vpmoe.teachers.shards import SampleTargets, Shard, header_of
-from vpmoe.teachers.store import TargetStore, TargetWriter
+from vpmoe.teachers.store import SCHEMA, TargetStore, TargetWriter
 
 CONFIG = AdaptiveConfig(k=24, worth_nats=1e-2)
 OURS, OTHER = Ranking(torch.tensor([9, 8, 7])), Ranking(torch.tensor([9, 7, 8]))
@@ -86,3 +86,13 @@ def test_shards_of_before_are_refused(tmp_path):
         TargetWriter(tmp_path, old) as w,
     ):
         w.write(0, [sample()])
+
+
+def test_a_store_of_another_version_is_refused_and_says_what_to_do(tmp_path):
+    """Its rankings are other bytes, of which some would look like ours."""
+    write(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(SCHEMA, "vpmoe_targets_v2"))
+    with pytest.raises(DataError, match="has schema 'vpmoe_targets_v2'") as caught:
+        TargetStore(tmp_path)
+    assert "score again with this version" in caught.value.hint

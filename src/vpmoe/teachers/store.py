@@ -195,10 +195,14 @@ def read_store_manifest(path: Path) -> dict[str, Any]:
         DataError: If there is none, or it is not that of a target store.
     """
     manifest = read_manifest(path / MANIFEST_NAME)
-    if manifest.get("schema") != SCHEMA:
+    schema = manifest.get("schema")
+    if schema != SCHEMA:
+        is_ours = str(schema).startswith(SCHEMA.rstrip("0123456789"))
         raise DataError(
-            f"{path} has schema {manifest.get('schema')!r}, expected {SCHEMA!r}",
-            hint="give the folder that vpmoe score wrote",
+            f"{path} has schema {schema!r}, expected {SCHEMA!r}",
+            hint="score again with this version, or read it with the version that wrote it"
+            if is_ours
+            else "give the folder that vpmoe score wrote",
         )
     kinds = {"header": dict, "shards": list, "samples": int, "labels": int}
     lacking = sorted(
