@@ -26,6 +26,7 @@ from vpmoe.stages.live import TaughtLoss, documents_of, head_of, states_of
 from vpmoe.stages.offline import OfflineConfig, store_lines
 from vpmoe.stages.score import ScoreConfig
 from vpmoe.teachers.local import LocalTeacherConfig
+from vpmoe.train.device import world
 from vpmoe.train.step import run_student
 
 BOUNDED = {"path": "b", "until_tokens": 20}
@@ -204,7 +205,7 @@ def test_stores_follow_one_another_by_tokens(stored):
         patch.setattr(
             offline, "rank_batches", lambda loader, start, *_: taken.append((loader, start))
         )
-        with offline.world(whole.device, threads=1) as ranks:
+        with world(whole.device, threads=1) as ranks:
             plan = offline.prepare(whole, ranks).plan
         assert plan.num_steps == 8
         first, second = plan._streams

@@ -1,6 +1,6 @@
 """What the stages of training share: a student, a dataset, held-out measurements."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -20,8 +20,9 @@ from vpmoe.evals.sampling import dataset_prompts, sample
 from vpmoe.models.student import Student, StudentConfig, build_student
 from vpmoe.storage.manifest import provenance, write_manifest
 from vpmoe.train.config import BatchConfig, TrainConfig, rows_of_rank
-from vpmoe.train.device import World
-from vpmoe.train.hooks import Hook, Position, Row
+from vpmoe.train.device import World, world
+from vpmoe.train.hooks import Hook, Observer, Position, Row
+from vpmoe.train.loop import train
 from vpmoe.train.plan import Plan
 from vpmoe.train.state import load_student
 
@@ -96,11 +97,13 @@ class Prepared:
         student: On the world's device.
         plan: Batches and loss of each step.
         findings: What was measured on the way, for the run's summary.
+        at_end: What is to be said besides, once the run is over.
     """
 
     student: Student
     plan: Plan
     findings: dict[str, Any] = field(default_factory=dict)
+    at_end: Callable[[], dict[str, Any]] = dict
 
 
 def rank_batches(
@@ -152,6 +155,35 @@ class FormatHook:
         rows["valid/format_valid_pct"] = 100 * (1 - sum(report.failures.values()) / count)
         rows["valid/completion_tokens"] = sum(len(a.completion) for a in answers) / count
         return rows
+
+
+def run_stage(
+    config: Any,
+    prepare: Callable[[Any, World], Prepared],
+    *,
+    resume: bool,
+    observers: Sequence[Observer],
+) -> dict[str, Any]:
+    """What a run came to; checkpoints and metrics are in its folder.
+
+    Args:
+        config: The stage's.
+        prepare: Makes its student and plan on a world.
+        resume: Go on from the newest checkpoint of the run's folder.
+        observers: Readers of the metrics stream, e.g. a progress bar.
+    """
+    with world(config.device, threads=config.threads) as ranks:
+        ready = prepare(config, ranks)
+        end = train(
+            ready.student,
+            ready.plan,
+            config,
+            world=ranks,
+            resume=resume,
+            hooks=valid_hooks(config),
+            observers=observers,
+        )
+        return finish(config, end, ranks, {**ready.findings, **ready.at_end()})
 
 
 def finish(

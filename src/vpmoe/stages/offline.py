@@ -32,10 +32,9 @@ from vpmoe.models.student import Student
 from vpmoe.stages.base import (
     Prepared,
     StageConfig,
-    finish,
     open_student,
     rank_batches,
-    valid_hooks,
+    run_stage,
 )
 from vpmoe.stages.live import TaughtLoss
 from vpmoe.stages.score import open_targets
@@ -45,9 +44,8 @@ from vpmoe.teachers.codecs import Codec
 from vpmoe.teachers.local import LocalTeacherConfig
 from vpmoe.teachers.shards import codec_of
 from vpmoe.teachers.store import TargetStore, read_store_manifest
-from vpmoe.train.device import World, world
+from vpmoe.train.device import World
 from vpmoe.train.hooks import Observer
-from vpmoe.train.loop import train
 from vpmoe.train.plan import Plan
 
 # Config
@@ -355,15 +353,4 @@ def run(
         resume: Go on from the newest checkpoint of the run's folder.
         observers: Readers of the metrics stream, e.g. a progress bar.
     """
-    with world(config.device, threads=config.threads) as ranks:
-        ready = prepare(config, ranks)
-        end = train(
-            ready.student,
-            ready.plan,
-            config,
-            world=ranks,
-            resume=resume,
-            hooks=valid_hooks(config),
-            observers=observers,
-        )
-        return finish(config, end, ranks, {})
+    return run_stage(config, prepare, resume=resume, observers=observers)

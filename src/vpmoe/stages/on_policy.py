@@ -30,16 +30,14 @@ from vpmoe.rollouts.source import LocalRollouts, Request, RolloutsConfig, Rollou
 from vpmoe.stages.base import (
     Prepared,
     StageConfig,
-    finish,
     open_student,
     rank_batches,
-    valid_hooks,
+    run_stage,
 )
 from vpmoe.teachers.local import LocalTeacherConfig
 from vpmoe.teachers.server import ServerTeacherConfig
-from vpmoe.train.device import World, world
+from vpmoe.train.device import World
 from vpmoe.train.hooks import Observer
-from vpmoe.train.loop import train
 from vpmoe.train.plan import Plan
 
 _DOCTOR_ROLLOUTS = 8
@@ -301,15 +299,4 @@ def run(
         resume: Go on from the newest checkpoint of the run's folder.
         observers: Readers of the metrics stream, e.g. a progress bar.
     """
-    with world(config.device, threads=config.threads) as ranks:
-        ready = prepare(config, ranks)
-        end = train(
-            ready.student,
-            ready.plan,
-            config,
-            world=ranks,
-            resume=resume,
-            hooks=valid_hooks(config),
-            observers=observers,
-        )
-        return finish(config, end, ranks, ready.findings)
+    return run_stage(config, prepare, resume=resume, observers=observers)

@@ -11,16 +11,14 @@ from vpmoe.losses.cross_entropy import CrossEntropyConfig
 from vpmoe.stages.base import (
     Prepared,
     StageConfig,
-    finish,
     open_student,
     rank_batches,
-    valid_hooks,
+    run_stage,
 )
 from vpmoe.stages.stop import StopConfig, stop_report
 from vpmoe.storage.runs import read_metrics
-from vpmoe.train.device import World, world
+from vpmoe.train.device import World
 from vpmoe.train.hooks import Observer
-from vpmoe.train.loop import train
 from vpmoe.train.plan import Plan
 
 # Config
@@ -68,7 +66,12 @@ class WarmStart(Plan):
 def prepare(config: WarmStartConfig, ranks: World) -> Prepared:
     """The student and the plan, before the first step."""
     student, inputs = open_student(config, ranks.device)
-    return Prepared(student, WarmStart(config, inputs, ranks))
+    plan = WarmStart(config, inputs, ranks)
+
+    def stopped() -> dict[str, Any]:
+        return {"stop": stop_report(list(read_metrics(config.run_dir)), config.stop)}
+
+    return Prepared(student, plan, at_end=stopped)
 
 
 # Run
@@ -84,16 +87,4 @@ def run(
         resume: Go on from the newest checkpoint of the run's folder.
         observers: Readers of the metrics stream, e.g. a progress bar.
     """
-    with world(config.device, threads=config.threads) as ranks:
-        ready = prepare(config, ranks)
-        end = train(
-            ready.student,
-            ready.plan,
-            config,
-            world=ranks,
-            resume=resume,
-            hooks=valid_hooks(config),
-            observers=observers,
-        )
-        rows = list(read_metrics(config.run_dir))
-        return finish(config, end, ranks, {"stop": stop_report(rows, config.stop)})
+    return run_stage(config, prepare, resume=resume, observers=observers)
