@@ -127,7 +127,7 @@ def _findings(found: Mapping[str, Any]) -> list[str]:
 def _order(found: Mapping[str, Any]) -> str:
     """The methods by their mean KL."""
     means = {m: mean(row["kl_nats"] for row in _rows(found, m)) for m in _methods(found)}
-    digits = 2 if min(means.values()) > 1 else 3
+    digits = 2 if max(means.values()) > 1 else 3
     names = [
         f"{_rows(found, m)[0]['what']} ({means[m]:.{digits}f})"
         for m in sorted(means, key=lambda m: means[m])

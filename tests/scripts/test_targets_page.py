@@ -82,7 +82,7 @@ def test_a_prior_stands_beside_the_even_tail(found):
     assert 'With `tail = "prior"` it holds on all of them: n-gram held-out text (9.2) and' in text
     assert "on 2 of 2 teachers: n-gram held-out text (0.0938 against 0.0625) and network" in text
     assert "Fewer ids are named, 7 where DistillKit names 128" in text
-    assert "estimated from 50 draws" in text and "not measured" not in text
+    assert "is estimated: from 200 draws" in text and "not measured" not in text
     assert "| 9 to 22 at DistillKit's error |" in targets_page.overview(found)
 
 
