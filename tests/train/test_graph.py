@@ -2,15 +2,18 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.train.toy import ToyPlan, random_batch, student_config, train_config
+from vpmoe.batch import Batch
 from vpmoe.errors import RunError
 from vpmoe.models.config import StudentConfig
 from vpmoe.models.student import build_student
 from vpmoe.optim import NorMuonConfig
+from vpmoe.train import graph
 from vpmoe.train.accumulate import SmallGradients
 from vpmoe.train.device import world
 from vpmoe.train.graph import GraphedStudent, graph_stream
@@ -47,6 +50,46 @@ def test_graphs_without_fused_kernels_are_refused(tmp_path, changes):
 def test_graphs_of_a_vocabulary_subset_are_refused():
     with pytest.raises(RunError, match="cuda_graph = true with a vocabulary subset"):
         GraphedStudent(build_student(student_config(), seed=0), lambda: None)
+
+
+def test_each_kind_of_batch_is_captured_once_and_again_for_more_documents(monkeypatch):
+    """What is replayed is decided without a GPU: by shape, by experts that come along, by room."""
+    student = SimpleNamespace(row_of=None, embedding=SimpleNamespace(weight=torch.zeros(1)))
+    captures = []
+
+    def capture(self, batch, num_documents):
+        names = ["tokens"] + ["expert_ids"] * (batch.expert_ids is not None)
+        inputs = {name: getattr(batch, name).clone() for name in names}
+        captures.append((batch.tokens.shape, batch.expert_ids is not None))
+        return SimpleNamespace(inputs=inputs, room=4, number=len(captures))
+
+    monkeypatch.setattr(graph, "forward", lambda student, batch, documents: "launched")
+    monkeypatch.setattr(GraphedStudent, "_capture", capture)
+    replayed = SimpleNamespace(apply=lambda anchor, captured: (captured, None))
+    monkeypatch.setattr(graph, "_Replay", replayed)
+    monkeypatch.setattr(graph, "StudentOutput", lambda hidden, balance, documents: hidden)
+    replay = GraphedStudent(student, lambda: None)
+
+    def batch(rows, *, ids=None):
+        tokens = torch.full((rows, 8), rows)
+        zeros = torch.zeros_like(tokens)
+        held = None if ids is None else torch.full((rows, 8, 2, 3), ids, dtype=torch.uint8)
+        return Batch(tokens, tokens, zeros.to(torch.uint8), zeros, zeros, expert_ids=held)
+
+    kinds = [batch(2), batch(2, ids=1), batch(3)]
+    for kind in kinds:
+        for _ in range(graph.WARM_UP):
+            assert replay(kind, 3) == "launched"
+    assert captures == []
+    first = [replay(kind, 3) for kind in kinds]
+    assert [one.number for one in first] == [1, 2, 3]
+    assert captures == [(torch.Size([2, 8]), False), (torch.Size([2, 8]), True),
+                        (torch.Size([3, 8]), False)]  # fmt: skip
+    again = replay(batch(2, ids=7), 4)
+    assert again is first[1] and bool((again.inputs["expert_ids"] == 7).all())
+    assert "expert_ids" not in replay(batch(2), 4).inputs
+    assert replay(batch(2), 5).number == 4  # more documents than there was room for
+    assert len(captures) == 4
 
 
 def test_small_gradients_wait_and_are_added_once():
