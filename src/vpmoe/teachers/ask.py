@@ -88,7 +88,7 @@ def checked(
     tokens = _joined([sequence[1:].astype(np.int32) for sequence in sequences], device)
     own = _joined([one.logprobs for one in said], device)  # pyright: ignore[reportAttributeAccessIssue]
     places = _Places(first, sequences, ids, values, own, tokens)
-    places.require(_CHECKS_OF_TOP if codec.needs == "top" else _CHECKS_OF_ANY)
+    places.require(_CHECKS_OF_TOP if codec.needs == "top" else _CHECKS_OF_DRAWS)
     if codec.needs == "top":
         return entries_of_top(ids, values)
     return Entries(ids.long(), values, torch.full_like(own, -torch.inf))
@@ -181,6 +181,16 @@ def _no_head(places: _Places) -> Tensor:
     return wrong | ~(values.double().exp().sum(dim=1) <= 1 + _MASS_TOLERANCE)
 
 
+def _no_shares(places: _Places) -> Tensor:
+    """Weights of drawn ids that do not add up to one."""
+    return ~((places.values.double().exp().sum(dim=1) - 1).abs() <= _MASS_TOLERANCE)
+
+
+def _say_no_shares(places: _Places, place: int) -> str:
+    total = float(places.values[place].double().exp().sum())
+    return f"the weights of the ids that the teacher drew for {{where}} add up to {total:.4f}"
+
+
 def _say_no_head(places: _Places, place: int) -> str:
     return (
         "the teacher's likeliest log-probs for {where} are not falling log-probs of a mass of at "
@@ -206,6 +216,10 @@ def _say_apart(places: _Places, place: int) -> str:
 _CHECKS_OF_ANY = (
     _Check(_unknown, _say_unknown),
     _Check(_twice, lambda *_: "the teacher named an id twice for {where}"),
+)
+_CHECKS_OF_DRAWS = (
+    *_CHECKS_OF_ANY,
+    _Check(_no_shares, _say_no_shares, "score_sampled must answer shares of all draws"),
 )
 _CHECKS_OF_TOP = (
     *_CHECKS_OF_ANY,
