@@ -1,4 +1,4 @@
-"""Drawn ids are looked at before anything believes them; of the likeliest, test_score_targets.py."""
+"""Drawn ids are checked before anything believes them; the likeliest in test_score_targets.py."""
 
 import numpy as np
 import pytest
