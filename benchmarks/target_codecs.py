@@ -235,6 +235,23 @@ def summary(points: list[Point], reference_or_entropy: float, places: int) -> di
     return {"places": places, "entropy_nats": round(reference_or_entropy, 4), "codecs": rows}
 
 
+def compared(
+    points: list[Point], reference: Reference, ranking: Ranking, others: dict[str, Ranking]
+) -> dict:
+    """`adaptive` at the errors of DistillKit's settings, with either tail and other rankings."""
+    settings = (RECOMMENDED, f"{RECOMMENDED}, normalized", "DistillKit budget")
+    found: dict = {}
+    for tail, key in TAILS:
+        found[f"{key}_of_another_ranking"] = {
+            how: at_the_error_of(points, RECOMMENDED, reference, other, tail)
+            for how, other in others.items()
+        }
+        found[f"{key}_at_the_error_of"] = {
+            name: at_the_error_of(points, name, reference, ranking, tail) for name in settings
+        }
+    return found | {"others_beside_a_prior": beside_a_prior(reference, ranking)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
@@ -266,16 +283,7 @@ def main() -> None:
     for name, reference in references.items():
         panels[name] = measure(reference, ranking=ranking)
         found[name] = summary(panels[name], float(reference.entropy.mean()), len(reference))
-        for tail, key in TAILS:
-            found[name][f"{key}_of_another_ranking"] = {
-                how: at_the_error_of(panels[name], RECOMMENDED, reference, other, tail)
-                for how, other in others.items()
-            }
-            found[name][f"{key}_at_the_error_of"] = {
-                other: at_the_error_of(panels[name], other, reference, ranking, tail)
-                for other in (RECOMMENDED, f"{RECOMMENDED}, normalized", "DistillKit budget")
-            }
-        found[name]["others_beside_a_prior"] = beside_a_prior(reference, ranking)
+        found[name] |= compared(panels[name], reference, ranking, others)
     path = RESULTS / "target-codecs.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     result = {

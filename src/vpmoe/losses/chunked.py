@@ -190,13 +190,11 @@ def chunked_loss(
             if result.grad_logits is None:
                 continue
             grad_logits = result.grad_logits.to(hidden.dtype)
-            along = None if direction is None else result.grad_along
+            along = result.grad_along
             if hidden_grad is not None:
                 hidden_grad[rows] = _states_grad(grad_logits, head_weight, direction, along)
             if head_grad is not None:
-                _add_product(head_grad, grad_logits.T, hidden[rows])
-                if direction is not None and along is not None:
-                    head_grad.addr_(direction.weights, along @ hidden[rows].to(along.dtype))
+                _add_head_grad(head_grad, grad_logits, hidden[rows], direction, along)
             del logits, result, grad_logits  # or the next chunk's would need memory beside them
         values = torch.cat([values for values, _ in results])
         extras = {
@@ -229,6 +227,19 @@ def _states_grad(
     else:
         product = grad_logits.to(wide) @ head.to(wide)
     return product.addr_(along, direction.state)
+
+
+def _add_head_grad(
+    total: Float[Tensor, "vocab dim"],
+    grad_logits: Float[Tensor, "chunk vocab"],
+    states: Float[Tensor, "chunk dim"],
+    direction: Direction | None,
+    along: Float[Tensor, " chunk"] | None,
+) -> None:
+    """Add a chunk's gradient by the head."""
+    _add_product(total, grad_logits.T, states)
+    if direction is not None and along is not None:
+        total.addr_(direction.weights, along @ states.to(along.dtype))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpmoe.errors import DataError
+from vpmoe.teachers.codecs import ranking as ranking_module
 from vpmoe.teachers.codecs.ranking import ID_BITS, MOST, Ranking
 from vpmoe.vocabulary import VOCAB_SIZE
 
@@ -60,6 +61,14 @@ def test_the_prior_is_how_often_ids_were_seen_and_a_tenth_of_it_even():
         Ranking.by_number().prior(VOCAB_SIZE, CPU).exp(),
         torch.full((VOCAB_SIZE,), 1 / VOCAB_SIZE, dtype=torch.float64),
     )
+
+
+@pytest.mark.parametrize("rule", ["_STEPS", "_UNSEEN", "_EVEN"])
+def test_other_rules_for_the_prior_are_another_ranking(monkeypatch, rule):
+    """A store keeps the hash: it is never rebuilt by other rules than it was written by."""
+    before = Ranking(torch.tensor([3, 1, 2])).sha256
+    monkeypatch.setattr(ranking_module, rule, 2 * getattr(ranking_module, rule))
+    assert Ranking(torch.tensor([3, 1, 2])).sha256 != before
 
 
 def test_a_small_vocabulary_leaves_little_to_ids_it_has_not():

@@ -79,8 +79,9 @@ class Ranking:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of `to_bytes`."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        """Hash of `to_bytes` and of the rules that make a prior of them, which a store relies on."""
+        rules = f"{_STEPS} {_UNSEEN} {_EVEN} ".encode()
+        return hashlib.sha256(rules + self.to_bytes()).hexdigest()
 
     def ids(self, device: torch.device) -> Int64[Tensor, " vocab"]:
         """The id of each rank."""
