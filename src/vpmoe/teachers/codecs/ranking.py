@@ -79,7 +79,7 @@ class Ranking:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of `to_bytes` and of the rules that make a prior of them, which a store relies on."""
+        """Hash of `to_bytes` and of the rules that make a prior of them: stores rely on both."""
         rules = f"{_STEPS} {_UNSEEN} {_EVEN} ".encode()
         return hashlib.sha256(rules + self.to_bytes()).hexdigest()
 
