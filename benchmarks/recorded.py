@@ -34,6 +34,7 @@ def _on_cpu(reference: Reference) -> Reference:
 
 def save(path: Path, reference: Reference) -> None:
     """In a file that `python -m benchmarks.target_codecs --captured` reads."""
+    assert reference.rest_ids is not None
     held = {
         "entropy": reference.entropy,
         "squares": reference.squares,
@@ -41,7 +42,6 @@ def save(path: Path, reference: Reference) -> None:
         "top_logprobs": reference.logprobs.float(),
         "drawn_ids": reference.drawn_ids.int(),
         "drawn_logprobs": reference.drawn_logprobs.float(),
+        "rest_ids": reference.rest_ids.int(),
     }
-    if reference.rest_ids is not None:
-        held["rest_ids"] = reference.rest_ids.int()
     np.savez_compressed(path, allow_pickle=False, **{k: v.numpy() for k, v in held.items()})

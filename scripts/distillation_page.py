@@ -14,7 +14,6 @@ SOURCES = {
     "prior": "prior",
     "sampled": "sampled",
 }
-LIVE_SHARE = 0.7  # `targets.share` of earlier runs with a live teacher, left at its default
 PICTURE = "distillation.png"
 
 
@@ -53,7 +52,6 @@ def distillation_text(results: Path) -> str:
         "worth less than the codec's `worth_nats`, and go into the tail. Bytes are those of the "
         "store's files, sample ids and checksums included, which weigh more on short documents "
         "than on real ones; states were not stored, the teacher ran beside the student.",
-        *_caveat(found),
     ]
     return "\n".join([*lines, "", *_synth_lines(results)])
 
@@ -103,7 +101,7 @@ def _findings(found: Mapping[str, Any]) -> list[str]:
         ahead = [names[method] for method in ranked if method not in above]
         text += (
             f" Better on average than the frequencies of the labels ({plain:.2f}): "
-            f"{' and '.join(ahead) or 'none'}."
+            f"{_listed(ahead) or 'none'}."
         )
         if len(above) > 1:
             text += (
@@ -116,11 +114,10 @@ def _findings(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{text} The {found['k']} likeliest ids hold {mass:.0f} % of this teacher's mass: of the "
         f"other {100 - mass:.0f} % a tail bucket says how much it is and not where, renormalised "
-        "entries and labels say nothing, and the demo's order, whose teacher is nearly sure, does "
-        "not carry over. All students are far from their teacher after so few tokens.",
+        "entries and labels say nothing. The demo's teacher is nearly sure: there it matters "
+        "little. All students are far from their teacher after so few tokens.",
         "",
         "Several runs shared the GPU: the seconds compare methods, they are no speed.",
-        *_caveat(found),
     ]
 
 
@@ -135,39 +132,15 @@ def _order(found: Mapping[str, Any]) -> str:
     return f"From the lowest mean KL to the highest: {'; '.join(names)}."
 
 
-def _caveat(found: Mapping[str, Any]) -> list[str]:
-    """Of exact runs in which the teacher did not speak in every step: they read other rows."""
-    read = {(r["method"], r["seed"]): r["student_tokens"] for r in found["rows"]}
-    pairs = [(tokens, read.get(("bucket", s))) for (m, s), tokens in read.items() if m == "exact"]
-    if all(tokens == other for tokens, other in pairs):
-        return []
-    return [
-        "",
-        f"**The exact runs here are not exact throughout**: `targets.share` stood at its default "
-        f"of {LIVE_SHARE}, so that the teacher spoke in {_taught(found)} steps and the others were "
-        "plain cross-entropy on the same rows; every step of the other methods was their own. What "
-        "exact targets alone give on these rows was not run.",
-    ]
-
-
 def _width(found: Mapping[str, Any], method: str) -> float:
     """How far the best and the worst seed are apart."""
     values = [row["kl_nats"] for row in _rows(found, method)]
     return max(values) - min(values)
 
 
-def _taught(found: Mapping[str, Any]) -> str:
-    """In how many steps a live teacher spoke, of how many."""
-    from vpmoe.data.mixture import anchors_before
-
-    steps = [row["steps"] for row in _rows(found, "exact")]
-    taught = [anchors_before(count, LIVE_SHARE) for count in steps]
-    return f"{_range(taught)} of {_range(steps)}"
-
-
-def _range(counts: Sequence[int]) -> str:
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low} to {high}"
+def _listed(names: list[str]) -> str:
+    """Names as a sentence has them."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def _synth_said(found: Mapping[str, Any], results: Path) -> str:
@@ -181,7 +154,7 @@ def _synth_said(found: Mapping[str, Any], results: Path) -> str:
         f"K = {found['k']}; {len(seeds)} seeds of weights and order, "
         f"{len(found['rows'])} runs. The teacher"
     )
-    path = results / "distillation-teacher.json"
+    path = results / "codec-teacher.json"
     if path.exists():
         about = json.loads(path.read_text(encoding="utf-8"))
         text += (
@@ -300,7 +273,7 @@ def _mark(ax: Any, value: float, name: str, color: str) -> None:
     """A line through all rows of a panel, and what it is."""
     ax.axvline(value, color=color, linewidth=1, linestyle=":")
     ax.annotate(
-        name, (value, 0), xycoords=("data", "axes fraction"), xytext=(-4, 4),
+        name, (value, 1), xycoords=("data", "axes fraction"), xytext=(-4, -9),
         textcoords="offset points", ha="right", color=color, fontsize=8.5,
     )  # fmt: skip
 

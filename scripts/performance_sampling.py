@@ -7,6 +7,16 @@ AGREEMENT = "sampler against trainer"
 BAR, STRETCH = 13_000, 20_000  # tokens per second at a batch of 64
 ROOFLINE_MS = {1: 0.30, 8: 0.57, 64: 2.02, 256: 3.42}  # weights once, keys and values, 4.26 TB/s
 
+SLOTS = 64
+COLUMNS = {
+    "batch": "batch",
+    "tokens_per_s": "tokens/s",
+    "step_ms": "step ms",
+    "steps_alone_tokens_per_s": "steps alone, tokens/s",
+    "prompts_ms": "prompts ms",
+    "experts_in_use": "experts in use",
+}
+
 Table = Callable[..., str]
 
 
@@ -14,63 +24,108 @@ def sampling(found: dict[str, Any], trained: list[dict[str, Any]], table: Table)
     """Speed, agreement and memory of the sampler; `trained` holds rows of the whole-model run."""
     named: dict[str, list[dict[str, Any]]] = {}
     for row in [*found["rows"], *(row for row in trained if row["what"] == AGREEMENT)]:
-        named.setdefault(row["what"], []).append(row)
+        named.setdefault("peer" if row.get("part") == "peer" else row["what"], []).append(row)
     parts = [
         f"## Sampling: {found['layers']} layers, prompts of {found['prompt']}, "
         f"{found['new']} new tokens",
-        f"{found['device']}, torch {found['torch']}, Triton {found['triton']}, {found['date']}. "
-        "Random weights and tokens, temperature 1. Tokens per second count whole calls, prompts "
-        "included, graphs captured before.",
-        *_speed(found, named, table),
+        f"{found['device']}, torch {found['torch']}, Triton {found['triton']}. Random weights and "
+        "tokens, temperature 1. Tokens per second count whole calls, prompts included, graphs "
+        f"captured before.{_dates(found)}",
+        *_speed(named, table),
+        *_steps(named, table),
         *_continuous(named, table),
-        *_kernels(found, named, table),
         *_agreement(named, table),
     ]
     for held in named.get("memory", []):
         parts.append(
-            f"GiB reserved before a round of 64, at its peak and after it: {held['before_gib']}, "
-            f"{held['during_gib']}, {held['after_gib']}."
+            f"GiB reserved before a round of {SLOTS}, at its peak and after it: "
+            f"{held['before_gib']}, {held['during_gib']}, {held['after_gib']}."
         )
     return "\n\n".join(parts)
 
 
-def _speed(found: dict[str, Any], named: dict[str, list[dict[str, Any]]], table: Table) -> list:
+def _dates(found: dict[str, Any]) -> str:
+    """Which parts are of which day, where they were not all measured on one."""
+    days: dict[str, set[str]] = {}
+    for row in found["rows"]:
+        days.setdefault(row.get("date", found["date"]), set()).add(row["part"])
+    if len(days) == 1:
+        return f" {found['date']}."
+    said = (f"on {day}: {', '.join(sorted(parts))}" for day, parts in sorted(days.items()))
+    return f" Measured {'; '.join(said)}."
+
+
+def _speed(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str]:
+    peer = named["peer"][0]
     rows = []
     for row in named["student"]:
-        at_64 = (BAR, STRETCH) if row["batch"] == 64 else (None, None)
-        steps = row["steps_alone_tokens_per_s"]
-        numbers = row["tokens_per_s"], row["step_ms"], steps, row["prompts_ms"]
-        rows.append(["student", row["batch"], *numbers, *at_64])
-    peer = found["peer"]
+        is_judged = row["batch"] == SLOTS and row["routing"] == "even"
+        what = f"student, {row['routing']} routing"
+        rows.append([what, *(_cell(row, name) for name in COLUMNS), *_bars(is_judged)])
     when = "" if peer["same_run"] else " (earlier run)"
-    rows.append([f"{peer['what']}{when}", 64, peer["tokens_per_s"], *[None] * 5])
-    columns = ["what", "batch", "tokens/s", "step ms", "steps alone, tokens/s", "prompts ms"]
-    ours = next(row for row in named["student"] if row["batch"] == 64)
-    ratio = ours["tokens_per_s"] / peer["tokens_per_s"]
-    bare = [
-        [row["batch"], row["step_ms"], ROOFLINE_MS[row["batch"]]]
-        for row in named.get("step without head and draw", [])
-    ]
-    balanced = named.get("step with balanced experts", [])
+    cells = (_cell(peer, name) if name in peer else None for name in COLUMNS)
+    rows.append([f"{peer['what']}{when}", *cells, *_bars(False)])
+    shown = table(["what", *COLUMNS.values(), "bar", "stretch"], rows)
+    return [shown, _judged(named["student"], peer)]
+
+
+def _cell(row: dict[str, Any], name: str) -> Any:
+    value = row.get(name)
+    return "not run" if name == "tokens_per_s" and value is None else value
+
+
+def _bars(is_judged: bool) -> tuple[int | None, int | None]:
+    return (BAR, STRETCH) if is_judged else (None, None)
+
+
+def _judged(rows: list[dict[str, Any]], peer: dict[str, Any]) -> str:
+    """What the bar says of the batch that it is set for."""
+    by = {row["routing"]: row for row in rows if row["batch"] == SLOTS}
+    drawn, even = by["random"], by.get("even")
+    ratio = drawn["tokens_per_s"] / peer["tokens_per_s"]
     said = (
-        f"{ratio:.1f} times the peer. A random student's deep layers send all tokens to the same "
-        f"few experts ({found['last_layer_experts_in_use']} in the last layer), so that these "
-        "steps read fewer weights than those of a trained one would; "
+        f"{ratio:.1f} times the peer with routers as they are drawn. The deep layers of such a "
+        "student send all tokens to the same few experts, so that a step reads fewer weights than "
+        "one of a trained student. With `even` routing, selection biases spread the tokens, as "
+        "training does: the bar is held against that"
     )
-    if balanced:
-        said += "with selection biases that spread the tokens, as in training:"
-    else:
-        said += "steps with evenly used experts have not been measured."
-    parts = [table([*columns, "bar", "stretch"], rows), said]
-    if balanced:
-        names = ("batch", "step_ms", "steps_alone_tokens_per_s", "experts_in_use")
-        cells = [[row[name] for name in names] for row in balanced]
-        parts.append(table(["batch", "step ms", "tokens/s", "experts in use, of 256"], cells))
-    if bare:
+    if even is None:
+        return f"{said}. **Not run.**"
+    used = f"{even['experts_in_use']:.0f} of 256 experts are in use in a layer"
+    if even["tokens_per_s"] is None:
+        alone = even["steps_alone_tokens_per_s"]
+        verdict = "missed even without prompts" if alone < BAR else "open"
+        return f"{said}. {used}; steps alone write {alone:,} tokens per second: **{verdict}**."
+    verdict = "met" if even["tokens_per_s"] >= BAR else "**missed**"
+    ratio = even["tokens_per_s"] / peer["tokens_per_s"]
+    return f"{said}: {verdict}, {ratio:.1f} times the peer. {used}."
+
+
+def _steps(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str]:
+    """Where a step goes, and what other settings change."""
+    parts = []
+    if bare := named.get("step without head and draw", []):
         parts += [
-            "The step without head and draw, beside the time that reading every weight in use and "
-            "the cache once would take with evenly used experts:",
-            table(["batch", "ms", "roofline ms"], bare),
+            f"The step without head and draw, {bare[0]['routing']} routing, beside the time that "
+            "reading every weight in use and the cache once would take with evenly used experts:",
+            table(
+                ["batch", "ms", "roofline ms"],
+                [[row["batch"], row["step_ms"], ROOFLINE_MS[row["batch"]]] for row in bare],
+            ),
+        ]
+    if kernels := named.get("kernel", []):
+        names = ("kernel", "calls", "us")
+        parts += [
+            f"Where a step of {kernels[0]['batch']} goes, {kernels[0]['routing']} routing, kernels "
+            "one after another:",
+            table([*names], [[row[name] for name in names] for row in kernels]),
+        ]
+    if variants := named.get("variant of the step", []):
+        parts += [
+            f"What was tried, the step of {variants[0]['batch']} without head and draw, "
+            f"{variants[0]['routing']} routing "
+            "(single runs; the clock drifts by some percent between them):",
+            table(["variant", "ms"], [[row["variant"], row["step_ms"]] for row in variants]),
         ]
     return parts
 
@@ -85,26 +140,9 @@ def _continuous(named: dict[str, list[dict[str, Any]]], table: Table) -> list[st
         f"up to {one['longest']}, {one['slots']} slots; batches capture a new graph where they "
         "need a larger cache:",
         table(
-            ["slots", "seconds", "tokens/s"],
-            [[row["what"], row["seconds"], row["tokens_per_s"]] for row in flows],
+            ["slots", "routing", "seconds", "tokens/s"],
+            [[row["what"], row["routing"], row["seconds"], row["tokens_per_s"]] for row in flows],
         ),
-    ]
-
-
-def _kernels(found: dict[str, Any], named: dict[str, list[dict[str, Any]]], table: Table) -> list:
-    kernels = named.get("kernel", [])
-    if not kernels:
-        return []
-    names = ("kernel", "launches", "sum_us", "median_us")
-    variants = named.get("variant of the step, batch 64", [])
-    return [
-        f"Where a step of 64 goes, {found['layers']} layers, kernels one after another:",
-        table(
-            ["kernel", "launches", "us", "median us"], [[row[n] for n in names] for row in kernels]
-        ),
-        "What was tried, the step without head and draw (single runs; the clock drifts by some "
-        "percent between them):",
-        table(["variant", "ms"], [[row["variant"], row["step_ms"]] for row in variants]),
     ]
 
 

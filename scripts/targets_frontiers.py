@@ -183,6 +183,13 @@ def findings(found: Found) -> list[str]:
         lines.append(f'- With `tail = "prior"` it {_where(many, "prior")}.')
     else:
         lines.append('- `tail = "prior"` is not in the file of results: not measured.')
+    low, high = (f(found["distillkit_by_instructions"].values()) for f in (min, max))
+    lines.append(
+        "- DistillKit's setting fits a curve over ranks up to 112 in float32, which is "
+        "ill-conditioned: on power laws its KL is "
+        f"{low:.3f} to {high:.3f} by the instructions that the processor solves it with, and so is "
+        "what is to be equalled. `normalize_t` does not have that."
+    )
     demo = found["frontiers"][DEMO]
     ours, budget = point(demo, DEFAULT), point(demo, BUDGET)
     lines += [

@@ -127,8 +127,7 @@ def how(found: Found) -> str:
     if has_prior(found):
         text += (
             " Beside a prior, what the teacher says of ids beyond those that are held is "
-            "estimated: from 200 draws beyond its 512 likeliest, and on the network from "
-            "50 draws of the whole beyond its 1,024."
+            "estimated: from 200 draws beyond its 512 likeliest, of the network beyond its 1,024."
         )
     return text
 

@@ -64,7 +64,7 @@ def test_errors_beside_a_prior_are_those_of_the_whole_distribution():
 
 
 def test_what_a_prior_does_in_an_unknown_tail_is_not_said():
-    narrow = replace(REFERENCE, exact=False, rest_ids=None)
+    narrow = replace(REFERENCE, rest_ids=None)
     names = {point.name for point in measure(narrow)}
     assert "adaptive 0.01" in names and not any(name.startswith("prior") for name in names)
 

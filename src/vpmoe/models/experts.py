@@ -56,11 +56,12 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.counts = counts
         ctx.has_bias = bias is not None
         out = rows.new_empty(rows.shape[0], weight.shape[1])
+        # Views of all experts at once: on a GPU the time of such a loop is Python's.
+        parts = zip(rows.split(counts), weight.mT.unbind(), out.split(counts), strict=True)
         biases = [None] * len(counts) if bias is None else bias.unbind()
-        own = (rows.split(counts), weight.mT.unbind(), biases, out.split(counts))
-        for count, *expert in zip(counts, *own, strict=True):
-            if count:
-                _times(*expert)
+        for (x, matrix, product), own_bias in zip(parts, biases, strict=True):
+            if len(x):
+                _times(x, matrix, own_bias, product)
         return out
 
     @staticmethod
@@ -69,19 +70,16 @@ class _GroupedLinear(torch.autograd.Function):
         grad = grads[0].contiguous()
         grad_rows, grad_weight = torch.empty_like(rows), torch.zeros_like(weight)
         grad_bias = weight.new_zeros(weight.shape[:2]) if ctx.has_bias else None
-        counts = ctx.counts
-        # Views of all experts at once: on a GPU the time of this loop is Python's.
-        inputs = (grad.split(counts), rows.split(counts), weight.unbind())
-        outputs = (grad_rows.split(counts), grad_weight.unbind())
-        biases = [None] * len(counts) if grad_bias is None else grad_bias.unbind()
-        for count, g, x, w, grad_x, grad_w, grad_b in zip(
-            counts, *inputs, *outputs, biases, strict=True
-        ):
-            if count:
-                _times(g, w, None, grad_x)
-                torch.mm(g.T, x, out=grad_w)
-                if grad_b is not None:
-                    torch.sum(g, dim=0, out=grad_b)
+        given = zip(grad.split(ctx.counts), rows.split(ctx.counts), weight.unbind(), strict=True)
+        wanted = zip(grad_rows.split(ctx.counts), grad_weight.unbind(), strict=True)
+        for (g, x, matrix), (grad_x, grad_matrix) in zip(given, wanted, strict=True):
+            if len(x):
+                _times(g, matrix, None, grad_x)
+                torch.mm(g.T, x, out=grad_matrix)
+        if grad_bias is not None:
+            for g, own_bias in zip(grad.split(ctx.counts), grad_bias.unbind(), strict=True):
+                if len(g):
+                    torch.sum(g, dim=0, out=own_bias)
         return grad_rows, grad_weight, grad_bias, None
 
 

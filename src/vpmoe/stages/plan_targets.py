@@ -186,7 +186,7 @@ def _narrow(
         drawn_ids=nobody.long(),
         drawn_logprobs=nobody.double(),
         vocab=VOCAB_SIZE,
-        exact=False,
+        rest_ids=None,
     )
 
 

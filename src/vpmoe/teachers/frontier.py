@@ -61,9 +61,8 @@ class Reference:
         drawn_ids: Drawn with replacement; one row of ids per place.
         drawn_logprobs: Theirs.
         vocab: How many ids the teacher knows.
-        exact: False where only the likeliest ids were known, and the rest was taken for uniform.
-        rest_ids: Drawn from the teacher among all ids but the likeliest; None where all draws are
-            from the whole.
+        rest_ids: Drawn from the teacher among all ids but the likeliest; None where only those
+            were known, and the rest was taken for uniform.
     """
 
     entropy: Float64[Tensor, " places"]
@@ -73,11 +72,15 @@ class Reference:
     drawn_ids: Int64[Tensor, "places draws"]
     drawn_logprobs: Float64[Tensor, "places draws"]
     vocab: int
-    exact: bool = True
-    rest_ids: Int64[Tensor, "places rest"] | None = None
+    rest_ids: Int64[Tensor, "places rest"] | None
 
     def __len__(self) -> int:
         return len(self.entropy)
+
+    @property
+    def exact(self) -> bool:
+        """Whether whole distributions were known."""
+        return self.rest_ids is not None
 
     def top(self, k: int) -> Entries:
         """What a teacher answers that is asked for K ids."""
@@ -138,7 +141,6 @@ def joined(parts: Sequence[Reference]) -> Reference:
     return Reference(
         **tensors,
         vocab=parts[0].vocab,
-        exact=all(part.exact for part in parts),
         rest_ids=torch.cat(rest) if len(rest) == len(parts) else None,
     )
 
@@ -261,13 +263,10 @@ class TailShares:
 
 def _mean_of(reference: Reference, values: Float64[Tensor, " vocab"]) -> Float64[Tensor, " places"]:
     """The teacher's mean of a function of the id: its likeliest ids exactly, the rest as drawn."""
+    assert reference.rest_ids is not None, "a prior is measured against whole distributions"
     mass = reference.logprobs.exp()
-    likeliest = (mass * values[reference.ids]).sum(1)
-    if reference.rest_ids is not None:
-        left = (1.0 - mass.sum(1)).clamp_min(0.0)
-        return likeliest + left * values[reference.rest_ids].mean(1)
-    known = (reference.drawn_ids[:, :, None] == reference.ids[:, None, :]).any(2)
-    return likeliest + values[reference.drawn_ids].masked_fill(known, 0.0).mean(1)
+    left = (1.0 - mass.sum(1)).clamp_min(0.0)
+    return (mass * values[reference.ids]).sum(1) + left * values[reference.rest_ids].mean(1)
 
 
 def kl(

@@ -1,0 +1,185 @@
+"""One step of sampling: with evenly used experts, kernel by kernel, and under other settings."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.common import graph_times, kernel_times
+
+PROMPT = 128
+NEW = 128
+ROUNDS = 192  # steps in which biases are moved
+AGAIN = 64  # of them until new conversations begin
+
+# What is said of a variant -> the constants that it changes, by module of `vpmoe.kernels`.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "as it is": {},
+    "kernels one after another, without early launches": {"overlap": {"ENABLED": False}},
+    **{f"experts: {n} teams": {"decode_experts": {"TEAMS": n}} for n in (1, 3, 4)},
+    **{f"experts: {n} units a program": {"decode_experts": {"MAX_PIECE": n}} for n in (32, 128)},
+    **{f"experts: {n} warps": {"decode_experts": {"WARPS": n}} for n in (2, 8)},
+    **{f"experts: {n} tiles under way": {"decode_experts": {"STAGES": n}} for n in (2, 4, 5)},
+    **{f"experts: tiles {n} deep": {"decode_experts": {"DEPTH": n}} for n in (64, 256)},
+    "experts: 32 units, tiles 256 deep": {"decode_experts": {"MAX_PIECE": 32, "DEPTH": 256}},
+    "experts: 32 units, 2 warps": {"decode_experts": {"MAX_PIECE": 32, "WARPS": 2}},
+    "experts: 2 warps, tiles 64 deep, 5 under way": {
+        "decode_experts": {"WARPS": 2, "DEPTH": 64, "STAGES": 5}
+    },
+    **{f"linear: {n} columns a program": {"decode": {"COLUMNS": n}} for n in (8, 32)},
+    **{f"linear: {n} tiles under way": {"decode": {"STAGES": n}} for n in (3, 6)},
+    "linear and experts: tiles 256 deep": {
+        "decode": {"DEPTH": 256},
+        "decode_experts": {"DEPTH": 256},
+    },
+    "as it is, once more": {},
+}
+
+
+def random_prompts(count: int, length: int, *, seed: int = 0) -> list[np.ndarray]:
+    """Prompts of one length."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 199_000, length) for _ in range(count)]
+
+
+def conversations(student: Any, batch: int) -> Any:
+    """Slots in the middle of completions."""
+    from vpmoe.rollouts.draw import Draw
+    from vpmoe.rollouts.slots import Slots
+
+    slots = Slots(student, Draw(1.0, 1.0, 1), (), slots=batch, capacity=PROMPT + NEW)
+    begin(slots, batch)
+    slots.advance(NEW // 2)
+    return slots
+
+
+def begin(slots: Any, batch: int, *, seed: int = 0) -> None:
+    """New conversations in all slots."""
+    every = range(batch)
+    slots.admit(every, random_prompts(batch, PROMPT, seed=seed), every, [NEW] * batch)
+
+
+@contextmanager
+def watched(move: float = 0.0) -> Iterator[dict[str, Any]]:
+    """Count the experts that eager steps use, layer by layer; move selection biases meanwhile.
+
+    Yields:
+        `in_use`, counts of the layers since the list was cleared, and `move`, by how much the bias
+        of an expert with too few tokens rises.
+    """
+    from vpmoe.kernels import decode_experts
+    from vpmoe.models.router import shifted_expert_bias
+
+    choose = decode_experts.choose_experts
+    state: dict[str, Any] = {"move": move, "in_use": []}
+
+    def watching(*arguments: Any) -> None:
+        choose(*arguments)
+        bias, ids = arguments[2], arguments[5]
+        loads = ids.flatten().long().bincount(minlength=len(bias)).float()
+        if state["move"]:
+            bias.copy_(shifted_expert_bias(bias, loads, rate=state["move"]))
+        state["in_use"].append(int((loads > 0).sum()))
+
+    decode_experts.choose_experts = watching
+    try:
+        yield state
+    finally:
+        decode_experts.choose_experts = choose
+
+
+@contextmanager
+@torch.no_grad()
+def even_routing(student: Any, batch: int) -> Iterator[None]:
+    """Selection biases that spread a batch's tokens over the experts, as training moves them.
+
+    The deep layers of a random student send all tokens to the same few experts, which makes
+    sampling look cheap: it is the weights in use that are read.
+    """
+    slots = conversations(student, batch)
+    with watched() as state:
+        for number in range(ROUNDS):
+            if number % AGAIN == 0:
+                begin(slots, batch, seed=number)
+            state["move"] = 0.02 * (1 - number / ROUNDS) ** 2
+            slots._step()
+    del slots
+    try:
+        yield
+    finally:
+        for router in student.routers():
+            router.expert_bias.zero_()
+
+
+@torch.no_grad()
+def experts_in_use(slots: Any) -> float | None:
+    """Experts that a step reads, the mean of the layers with experts; None without such layers."""
+    with watched() as state:
+        slots._step()
+    found = state["in_use"]
+    return round(sum(found) / len(found), 1) if found else None
+
+
+@torch.no_grad()
+def kernels(student: Any, batch: int) -> Iterator[dict[str, Any]]:
+    """GPU time of a step by kernel, one kernel after another."""
+    from vpmoe.kernels import overlap
+
+    slots = conversations(student, batch)
+    overlap.ENABLED = False  # a kernel that waits for another would count that time as its own
+    try:
+        for row in kernel_times(slots._step):
+            yield {"what": "kernel", "batch": batch, **row}
+    finally:
+        overlap.ENABLED = True
+
+
+@torch.no_grad()
+def bare(student: Any, batch: int) -> dict[str, Any]:
+    """The step without head and draw."""
+    slots = conversations(student, batch)
+    times = reading(slots, batch)
+    row = {"what": "step without head and draw", "batch": batch}
+    return {**row, **times, "experts_in_use": experts_in_use(slots)}
+
+
+def reading(slots: Any, batch: int) -> dict[str, float]:
+    """Times of a step without head and draw."""
+    rows = torch.arange(batch, device="cuda")
+    times = graph_times(lambda: slots.decoder.read(rows, slots._places)).summary()
+    return {"step_ms": times["ms"], "step_spread_ms": times["spread_ms"]}
+
+
+@torch.no_grad()
+def variants(student: Any, batch: int) -> Iterator[dict[str, Any]]:
+    """The step without head and draw under other settings, as it is first and last."""
+    from triton import OutOfResources
+
+    for name, changes in VARIANTS.items():
+        row = {"what": "variant of the step", "batch": batch, "variant": name}
+        with changed(changes):
+            try:
+                times = reading(conversations(student, batch), batch)
+            except OutOfResources as error:
+                yield {**row, "step_ms": None, "why": str(error)[:80]}
+                continue
+        yield {**row, **times}
+
+
+@contextmanager
+def changed(changes: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Constants of kernels, for a while."""
+    from importlib import import_module
+
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        for module, values in changes.items():
+            found = import_module(f"vpmoe.kernels.{module}")
+            for name, value in values.items():
+                before.append((found, name, getattr(found, name)))
+                setattr(found, name, value)
+        yield
+    finally:
+        for found, name, value in before:
+            setattr(found, name, value)

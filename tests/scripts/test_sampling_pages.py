@@ -1,0 +1,73 @@
+"""Sampling's benchmark keeps what it does not measure again; its page holds the bar to routing."""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from benchmarks import common, sampling
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import performance_sampling
+
+ABOUT = {"device": "a GPU", "torch": "2", "triton": "3", "date": "2026-01-02"}
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    """Run the benchmark with what it measures replaced; the rows of its file."""
+    monkeypatch.setattr(common, "describe_device", lambda: dict(ABOUT))
+    monkeypatch.setattr(sampling, "describe_device", lambda: dict(ABOUT))
+    monkeypatch.setattr(sampling, "free", lambda: None)
+    monkeypatch.setattr(sampling, "student_of", lambda layers: None)
+    monkeypatch.setattr(sampling, "even_routing", lambda student, batch: nullcontext())
+    monkeypatch.setattr(sampling, "memory_after", lambda student: {"what": "memory"})
+    monkeypatch.setattr(sampling, "speed", lambda student, batch: {"what": "student", "is": batch})
+    out = tmp_path / "sampling.json"
+
+    def run(*words: str) -> list[dict]:
+        monkeypatch.setattr(sys, "argv", ["sampling", "--out", str(out), *words])
+        sampling.main()
+        return json.loads(out.read_text())["rows"]
+
+    return run
+
+
+def test_parts_that_are_not_asked_for_keep_their_rows(measure):
+    memory = {"part": "memory", "what": "memory"}
+    assert measure("--parts", "memory") == [memory]
+    speed = [
+        {"part": "speed", "what": "student", "is": 8, "routing": routing}
+        for routing in ("random", "even")
+    ]
+    assert measure("--parts", "speed", "--batches", "8") == [memory, *speed]
+    assert measure("--parts", "speed", "--batches", "8") == [memory, *speed]
+    assert measure("--parts", "memory") == [*speed, memory]
+    assert measure("--parts", "memory", "--layers", "8") == [memory]  # of another student
+
+
+def row(routing: str, tokens_per_s: int | None, alone: int) -> dict:
+    return {
+        "part": "speed", "what": "student", "routing": routing, "batch": 64, "step_ms": 4.0,
+        "tokens_per_s": tokens_per_s, "steps_alone_tokens_per_s": alone, "experts_in_use": 161.8,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("even", "words"),
+    [
+        ([], "held against that. **Not run.**"),
+        ([row("even", 13_000, 15_000)], "held against that: met, 6.5 times the peer. 162 of 256"),
+        ([row("even", 12_999, 15_000)], "held against that: **missed**, 6.5 times the peer."),
+        ([row("even", None, 13_001)], "write 13,001 tokens per second: **open**."),
+        ([row("even", None, 12_999)], "12,999 tokens per second: **missed even without prompts**."),
+    ],
+)
+def test_the_bar_is_held_against_evenly_used_experts(even, words):
+    peer = {"part": "peer", "what": "a peer", "batch": 64, "tokens_per_s": 2_000, "same_run": True}
+    found = {**ABOUT, "layers": 80, "prompt": 128, "new": 128}
+    rows = [row("random", 16_000, 17_000), *even, peer]
+    text = performance_sampling.sampling({**found, "rows": rows}, [], lambda head, rows: str(rows))
+    assert words in text and "8.0 times the peer with routers as they are drawn" in text
+    assert "captured before. 2026-01-02." in text
