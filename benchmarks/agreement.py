@@ -124,8 +124,6 @@ def _measured(
                 row["greedy_same_pct"] = round(100 * float(same.float().mean()), 2)
                 behind = table.max(dim=-1).values - found
                 row["greedy_worst_behind_nats"] = round(float(behind.max()), 4)
-    for row in rows.values():
-        print(row, flush=True)
     return list(rows.values())
 
 

@@ -1,6 +1,6 @@
 """A GPT-OSS-architecture model with the whole vocabulary, trained for minutes on the SYNTH sample.
 
-    python -m benchmarks.codec_teacher OUT --save FOLDER --seconds 110
+    python -m benchmarks.codec_teacher OUT --save FOLDER --seconds 220 --every 150
     python -m benchmarks.target_codecs --captured OUT/*.npz --data ... --demo-data ...
 
 No weights of a large teacher are at hand where the codecs are measured. This one reads the sample's

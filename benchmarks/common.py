@@ -3,6 +3,7 @@
 import gc
 import json
 import statistics
+import sys
 import time
 import tomllib
 from collections.abc import Callable
@@ -192,14 +193,22 @@ def write_results(path: Path, rows: list[dict[str, Any]], **extra: Any) -> None:
 def kept_rows(path: Path, **about: Any) -> list[dict[str, Any]]:
     """Rows of an earlier result, for a command that measures a part again.
 
-    None where device, versions or what else is said of all rows differ: one header would lie.
+    Raises:
+        SystemExit: Device, versions or what else is said of all rows differ: one header would lie,
+            and to write over them would lose them.
     """
     if not path.exists():
         return []
     found = json.loads(path.read_text())
-    same = {**describe_device(), **about}
-    same.pop("date")
-    return found["rows"] if all(found.get(name) == value for name, value in same.items()) else []
+    now = {**describe_device(), **about}
+    others = [
+        f"{name} {found.get(name)}, not {value}"
+        for name, value in now.items()
+        if name != "date" and found.get(name) != value
+    ]
+    if others:
+        sys.exit(f"{path} has rows of {'; '.join(others)}: move it away, or give another --out")
+    return found["rows"]
 
 
 def loss_of(student: Any, batch: dict[str, torch.Tensor], *, chunk_rows: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 python -m benchmarks.sampling                   the 80 layers, the peer
 python -m benchmarks.sampling --layers 8        a quick look
-python -m benchmarks.sampling --parts steps variants      where a step goes, other settings
+python -m benchmarks.sampling --parts variants  a step under other settings
 python -m benchmarks.sampling --parts agreement --run runs/demo/3-on-policy --out FILE
 
 Random weights and tokens. The peer is transformers' Qwen3-MoE of equal size with a static cache,
@@ -45,7 +45,8 @@ from benchmarks.sampling_steps import (
 
 BATCHES = (1, 8, 64, 256)
 SLOTS = 64
-PARTS = ("speed", "continuous", "agreement", "memory", "steps", "variants", "peer")
+USUAL = ("speed", "continuous", "agreement", "memory", "steps", "peer")
+PARTS = (*USUAL, "variants")
 
 
 def seconds(function: Callable[[], Any], *, repetitions: int = 3) -> float:
@@ -101,7 +102,7 @@ def speed(student: Any, batch: int) -> dict[str, Any]:
         "prompts_ms": round(reading * 1e3, 1),
         "first_call_s": round(first, 1),
         "peak_gib": round(peak, 1),
-        "experts_in_use": experts_in_use(slots),
+        "experts_in_use": experts_in_use(slots._step),
     }
 
 
@@ -226,21 +227,28 @@ def named(part: str, rows: Iterable[dict[str, Any]], **more: Any) -> Rows:
 
 
 def main() -> None:
-    """Run the parts that were asked for; write after each row, beside what is kept of others."""
+    """Run the parts that were asked for; write after each row, beside what is kept of others.
+
+    A row has the time at which its run began: two of one run were measured side by side.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(USUAL))
     parser.add_argument("--run", type=Path, help="a trained student, for agreement")
     parser.add_argument("--out", type=Path, default=RESULTS / "sampling.json")
     args = parser.parse_args()
     about = {"layers": args.layers, "prompt": PROMPT, "new": NEW}
-    rows = [row for row in kept_rows(args.out, **about) if row.get("part") not in args.parts]
+    rows, renewed = kept_rows(args.out, **about), set[str]()
+    run = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     def note(found: Rows) -> None:
         for row in found:
             print(row, flush=True)
-            rows.append(row)
+            if row["part"] not in renewed:  # what was measured before goes when there is better
+                renewed.add(row["part"])
+                rows[:] = [other for other in rows if other["part"] != row["part"]]
+            rows.append({**row, "run": run})
             write_results(args.out, rows, **about)
 
     print(describe_device())
@@ -250,7 +258,7 @@ def main() -> None:
     if "agreement" in args.parts and args.run:
         note(named("agreement", agreement_of_run(args.run)))
     if "peer" in args.parts:
-        note(named("peer", [peer(args.layers, batch=SLOTS)], same_run=True))
+        note(named("peer", [peer(args.layers, batch=SLOTS)]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One step of sampling: with evenly used experts, kernel by kernel, and under other settings."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +12,13 @@ PROMPT = 128
 NEW = 128
 ROUNDS = 192  # steps in which biases are moved
 AGAIN = 64  # of them until new conversations begin
+SHOWN = 12  # kernels
 
 # What is said of a variant -> the constants that it changes, by module of `vpmoe.kernels`.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "as it is": {},
     "kernels one after another, without early launches": {"overlap": {"ENABLED": False}},
-    **{f"experts: {n} teams": {"decode_experts": {"TEAMS": n}} for n in (1, 3, 4)},
+    **{f"experts: {n} teams": {"decode_experts": {"TEAMS": n}} for n in (3, 4)},
     **{f"experts: {n} units a program": {"decode_experts": {"MAX_PIECE": n}} for n in (32, 128)},
     **{f"experts: {n} warps": {"decode_experts": {"WARPS": n}} for n in (2, 8)},
     **{f"experts: {n} tiles under way": {"decode_experts": {"STAGES": n}} for n in (2, 4, 5)},
@@ -65,8 +66,8 @@ def watched(move: float = 0.0) -> Iterator[dict[str, Any]]:
     """Count the experts that eager steps use, layer by layer; move selection biases meanwhile.
 
     Yields:
-        `in_use`, counts of the layers since the list was cleared, and `move`, by how much the bias
-        of an expert with too few tokens rises.
+        `in_use`, a count for each layer that was run, and `move`, by how much the bias of an expert
+        with too few tokens rises.
     """
     from vpmoe.kernels import decode_experts
     from vpmoe.models.router import shifted_expert_bias
@@ -98,14 +99,14 @@ def even_routing(student: Any, batch: int) -> Iterator[None]:
     sampling look cheap: it is the weights in use that are read.
     """
     slots = conversations(student, batch)
-    with watched() as state:
-        for number in range(ROUNDS):
-            if number % AGAIN == 0:
-                begin(slots, batch, seed=number)
-            state["move"] = 0.02 * (1 - number / ROUNDS) ** 2
-            slots._step()
-    del slots
     try:
+        with watched() as state:
+            for number in range(ROUNDS):
+                if number % AGAIN == 0:
+                    begin(slots, batch, seed=1 + number)
+                state["move"] = 0.02 * (1 - number / ROUNDS) ** 2
+                slots._step()
+        del slots
         yield
     finally:
         for router in student.routers():
@@ -113,58 +114,65 @@ def even_routing(student: Any, batch: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def experts_in_use(slots: Any) -> float | None:
+def experts_in_use(step: Callable[[], Any]) -> float | None:
     """Experts that a step reads, the mean of the layers with experts; None without such layers."""
     with watched() as state:
-        slots._step()
+        step()
     found = state["in_use"]
     return round(sum(found) / len(found), 1) if found else None
 
 
 @torch.no_grad()
-def kernels(student: Any, batch: int) -> Iterator[dict[str, Any]]:
-    """GPU time of a step by kernel, one kernel after another."""
-    from vpmoe.kernels import overlap
+def kernels(student: Any, batch: int) -> list[dict[str, Any]]:
+    """GPU time of a step by kernel, the longest first and one after another; short ones as one.
 
-    slots = conversations(student, batch)
-    overlap.ENABLED = False  # a kernel that waits for another would count that time as its own
-    try:
-        for row in kernel_times(slots._step):
-            yield {"what": "kernel", "batch": batch, **row}
-    finally:
-        overlap.ENABLED = True
+    A kernel that waits for another would count that time as its own.
+    """
+    with changed({"overlap": {"ENABLED": False}}):
+        found = kernel_times(conversations(student, batch)._step)
+    rest = {name: sum(row[name] for row in found[SHOWN:]) for name in ("calls", "us")}
+    rows = [*found[:SHOWN], {"kernel": "all others", **rest}]
+    return [{"what": "kernel", "batch": batch, **row} for row in rows]
 
 
 @torch.no_grad()
 def bare(student: Any, batch: int) -> dict[str, Any]:
     """The step without head and draw."""
-    slots = conversations(student, batch)
-    times = reading(slots, batch)
-    row = {"what": "step without head and draw", "batch": batch}
-    return {**row, **times, "experts_in_use": experts_in_use(slots)}
+    step = reading(conversations(student, batch), batch)
+    times = graph_times(step).summary()
+    return {
+        "what": "step without head and draw",
+        "batch": batch,
+        "step_ms": times["ms"],
+        "step_spread_ms": times["spread_ms"],
+        "experts_in_use": experts_in_use(step),
+    }
 
 
-def reading(slots: Any, batch: int) -> dict[str, float]:
-    """Times of a step without head and draw."""
+def reading(slots: Any, batch: int) -> Callable[[], Any]:
+    """A step without head and draw."""
     rows = torch.arange(batch, device="cuda")
-    times = graph_times(lambda: slots.decoder.read(rows, slots._places)).summary()
-    return {"step_ms": times["ms"], "step_spread_ms": times["spread_ms"]}
+    return lambda: slots.decoder.read(rows, slots._places)
 
 
 @torch.no_grad()
 def variants(student: Any, batch: int) -> Iterator[dict[str, Any]]:
     """The step without head and draw under other settings, as it is first and last."""
-    from triton import OutOfResources
-
     for name, changes in VARIANTS.items():
-        row = {"what": "variant of the step", "batch": batch, "variant": name}
         with changed(changes):
-            try:
-                times = reading(conversations(student, batch), batch)
-            except OutOfResources as error:
-                yield {**row, "step_ms": None, "why": str(error)[:80]}
-                continue
-        yield {**row, **times}
+            found = timed(student, batch)
+        yield {"what": "variant of the step", "batch": batch, "variant": name, **found}
+
+
+def timed(student: Any, batch: int) -> dict[str, Any]:
+    """Times of the step, or why there are none."""
+    from triton import CompilationError, OutOfResources
+
+    try:
+        times = graph_times(reading(conversations(student, batch), batch)).summary()
+    except (OutOfResources, CompilationError) as error:  # before anything is captured
+        return {"step_ms": None, "why": str(error)[:80]}
+    return {"step_ms": times["ms"], "step_spread_ms": times["spread_ms"]}
 
 
 @contextmanager

@@ -114,8 +114,9 @@ def _findings(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{text} The {found['k']} likeliest ids hold {mass:.0f} % of this teacher's mass: of the "
         f"other {100 - mass:.0f} % a tail bucket says how much it is and not where, renormalised "
-        "entries and labels say nothing. The demo's teacher is nearly sure: there it matters "
-        "little. All students are far from their teacher after so few tokens.",
+        "entries say nothing of it, and labels one id each. The demo's teacher is nearly sure: "
+        "there the tail matters little. All students are far from their teacher after so few "
+        "tokens.",
         "",
         "Several runs shared the GPU: the seconds compare methods, they are no speed.",
     ]
@@ -154,9 +155,8 @@ def _synth_said(found: Mapping[str, Any], results: Path) -> str:
         f"K = {found['k']}; {len(seeds)} seeds of weights and order, "
         f"{len(found['rows'])} runs. The teacher"
     )
-    path = results / "codec-teacher.json"
-    if path.exists():
-        about = json.loads(path.read_text(encoding="utf-8"))
+    about = json.loads((results / "codec-teacher.json").read_text(encoding="utf-8"))
+    if abs(about["best"]["loss"] - row["teacher_loss"]) < 1e-3:  # it is this one that is kept
         text += (
             f" has the GPT-OSS architecture and {about['parameters']:,} parameters; it read "
             f"{about['best']['tokens']:,} tokens of the same train split in "

@@ -255,10 +255,14 @@ def _tolerance(apart: dict[str, list[float]], steps: int) -> str:
     text = (
         "**The tolerance: fused and reference are no further apart than fused and control, on "
         f"average and at most, over the same steps.** Over the {len(asked)} steps that the "
-        f"reference made it {'holds' if holds else 'does not hold'}: {mean(asked):.2f} % against "
-        f"{mean(measure):.2f} % on average, {max(asked):.1f} % against {max(measure):.1f} % at "
-        "most."
+        f"reference made it {'holds' if holds else 'does not hold'}: {_against(asked, measure)}."
     )
+    if len(asked) > STATED:
+        later = _against(asked[STATED:], measure[STATED:])
+        text += (
+            f" It was stated when the reference had made {STATED}; over the steps after these: "
+            f"{later}."
+        )
     if len(asked) < steps:
         text += (
             f" Over all {len(all_of_it)} steps rounding alone parts two runs by "
@@ -268,14 +272,20 @@ def _tolerance(apart: dict[str, list[float]], steps: int) -> str:
     return text
 
 
+def _against(asked: list[float], measure: list[float]) -> str:
+    return (
+        f"{mean(asked):.2f} % against {mean(measure):.2f} % on average, {max(asked):.1f} % against "
+        f"{max(measure):.1f} % at most"
+    )
+
+
 def _limits(apart: dict[str, list[float]], runs: dict[str, Any]) -> str:
     """What the tolerance cannot say, and what is known beside it."""
     other = apart["control, reference"]
     first = [runs[run]["grad_norm"][0] for run in PAIRS[ASKED]]
     return (
-        f"The tolerance was stated with the first {STATED} steps of the reference in sight, and "
-        "tried on the others: expert choices flip on rounding, steps of so few slots amplify it, "
-        "and no fixed number fits that. One of "
+        "Expert choices flip on rounding, steps of so few slots amplify it, and no fixed number "
+        "fits that: one of "
         f"{FIXED_PCT:.0f} % at every step is first exceeded by fused and control at step "
         f"{_first(apart[MEASURE])}, by fused and reference at step {_first(apart[ASKED])}. The "
         "measure is one control, a single sample of what rounding does; the control itself is "
@@ -293,8 +303,8 @@ def _reference(reference: dict[str, Any], again: dict[str, Any], fused: dict[str
     names, count = ("reasoning", "final", "grad_norm"), again["steps"]
     same = all(again[name] == reference[name][:count] for name in names)
     return (
-        f"A step of the reference takes {min(seconds):.1f} to {max(seconds):.1f} s with "
-        f"recomputed layers, where a fused one takes "
+        f"A step of the reference after the first takes {min(seconds):.1f} to {max(seconds):.1f} s "
+        "with recomputed layers and nothing beside it, where a fused one takes "
         f"{statistics.median(fused['step_s'][2:]):.2f} s: its plain loop goes over every expert "
         f"that has a token, and {min(busy):.0f} to {max(busy):.0f} % of all {EXPERTS:,} have one. "
         f"Another run of it, cut after {count} steps, gave "

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 AGREEMENT = "sampler against trainer"
+AGREEMENT_BAR = 0.02  # nats
 BAR, STRETCH = 13_000, 20_000  # tokens per second at a batch of 64
 ROOFLINE_MS = {1: 0.30, 8: 0.57, 64: 2.02, 256: 3.42}  # weights once, keys and values, 4.26 TB/s
 
@@ -45,14 +46,14 @@ def sampling(found: dict[str, Any], trained: list[dict[str, Any]], table: Table)
 
 
 def _dates(found: dict[str, Any]) -> str:
-    """Which parts are of which day, where they were not all measured on one."""
+    """Which parts are of which day, and what was otherwise than today."""
     days: dict[str, set[str]] = {}
     for row in found["rows"]:
-        days.setdefault(row.get("date", found["date"]), set()).add(row["part"])
-    if len(days) == 1:
-        return f" {found['date']}."
-    said = (f"on {day}: {', '.join(sorted(parts))}" for day, parts in sorted(days.items()))
-    return f" Measured {'; '.join(said)}."
+        name = f"{row['part']}, {row['routing']} routing" if "routing" in row else row["part"]
+        days.setdefault(row["run"][:10] if "run" in row else row["date"], set()).add(name)
+    said = [f"on {day}: {'; '.join(sorted(parts))}" for day, parts in sorted(days.items())]
+    notes = sorted({row["note"] for row in found["rows"] if "note" in row})
+    return "".join(f" {line[0].upper()}{line[1:]}." for line in (*said, *notes))
 
 
 def _speed(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str]:
@@ -62,11 +63,13 @@ def _speed(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str]:
         is_judged = row["batch"] == SLOTS and row["routing"] == "even"
         what = f"student, {row['routing']} routing"
         rows.append([what, *(_cell(row, name) for name in COLUMNS), *_bars(is_judged)])
-    when = "" if peer["same_run"] else " (earlier run)"
+    judged = [row for row in named["student"] if row["batch"] == SLOTS]
+    is_beside = "run" in peer and any(row.get("run") == peer["run"] for row in judged)
+    when = "" if is_beside else " (another run)"
     cells = (_cell(peer, name) if name in peer else None for name in COLUMNS)
     rows.append([f"{peer['what']}{when}", *cells, *_bars(False)])
     shown = table(["what", *COLUMNS.values(), "bar", "stretch"], rows)
-    return [shown, _judged(named["student"], peer)]
+    return [shown, *_judged(judged, peer)]
 
 
 def _cell(row: dict[str, Any], name: str) -> Any:
@@ -78,27 +81,30 @@ def _bars(is_judged: bool) -> tuple[int | None, int | None]:
     return (BAR, STRETCH) if is_judged else (None, None)
 
 
-def _judged(rows: list[dict[str, Any]], peer: dict[str, Any]) -> str:
+def _judged(rows: list[dict[str, Any]], peer: dict[str, Any]) -> list[str]:
     """What the bar says of the batch that it is set for."""
-    by = {row["routing"]: row for row in rows if row["batch"] == SLOTS}
-    drawn, even = by["random"], by.get("even")
+    by = {row["routing"]: row for row in rows}
+    drawn, even = by.get("random"), by.get("even")
+    if drawn is None:
+        return [f"**Not run at a batch of {SLOTS}**, for which the bar is."]
     ratio = drawn["tokens_per_s"] / peer["tokens_per_s"]
     said = (
-        f"{ratio:.1f} times the peer with routers as they are drawn. The deep layers of such a "
-        "student send all tokens to the same few experts, so that a step reads fewer weights than "
-        "one of a trained student. With `even` routing, selection biases spread the tokens, as "
-        "training does: the bar is held against that"
+        f"At a batch of {SLOTS}, with routers as they are drawn, the student writes {ratio:.1f} "
+        "times the peer's tokens. The deep layers of such a student send all tokens to the same "
+        "few experts, so that a step reads fewer weights than one of a trained student. With "
+        "`even` routing, selection biases spread the tokens, as training does: the bar is held "
+        "against that"
     )
     if even is None:
-        return f"{said}. **Not run.**"
+        return [f"{said}. **Not run.**"]
     used = f"{even['experts_in_use']:.0f} of 256 experts are in use in a layer"
     if even["tokens_per_s"] is None:
         alone = even["steps_alone_tokens_per_s"]
         verdict = "missed even without prompts" if alone < BAR else "open"
-        return f"{said}. {used}; steps alone write {alone:,} tokens per second: **{verdict}**."
+        return [f"{said}. {used}; steps alone write {alone:,} tokens per second: **{verdict}**."]
     verdict = "met" if even["tokens_per_s"] >= BAR else "**missed**"
     ratio = even["tokens_per_s"] / peer["tokens_per_s"]
-    return f"{said}: {verdict}, {ratio:.1f} times the peer. {used}."
+    return [f"{said}: {verdict}, {ratio:.1f} times the peer. {used}."]
 
 
 def _steps(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str]:
@@ -108,17 +114,14 @@ def _steps(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str]:
         parts += [
             f"The step without head and draw, {bare[0]['routing']} routing, beside the time that "
             "reading every weight in use and the cache once would take with evenly used experts:",
-            table(
-                ["batch", "ms", "roofline ms"],
-                [[row["batch"], row["step_ms"], ROOFLINE_MS[row["batch"]]] for row in bare],
-            ),
+            table(["batch", "ms", "experts in use", "roofline ms"], [_bare(row) for row in bare]),
         ]
     if kernels := named.get("kernel", []):
         names = ("kernel", "calls", "us")
         parts += [
             f"Where a step of {kernels[0]['batch']} goes, {kernels[0]['routing']} routing, kernels "
             "one after another:",
-            table([*names], [[row[name] for name in names] for row in kernels]),
+            table([*names], [[f"`{row['kernel']}`", row["calls"], row["us"]] for row in kernels]),
         ]
     if variants := named.get("variant of the step", []):
         parts += [
@@ -128,6 +131,11 @@ def _steps(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str]:
             table(["variant", "ms"], [[row["variant"], row["step_ms"]] for row in variants]),
         ]
     return parts
+
+
+def _bare(row: dict[str, Any]) -> list[Any]:
+    batch = row["batch"]
+    return [batch, row["step_ms"], row.get("experts_in_use"), ROOFLINE_MS.get(batch)]
 
 
 def _continuous(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str]:
@@ -150,29 +158,24 @@ def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str
     rows = named.get(AGREEMENT, [])
     if not rows:
         return []
-    has_noise = any("drawn_trainer_against_reference" in row for row in rows)
-    is_replayed = any(row["routing"] == "replayed" for row in rows)
+    above = [
+        f"{_weights(row)}, {row['routing']} routing"
+        for row in rows
+        if row["drawn_mean_abs_nats"] > AGREEMENT_BAR
+    ]
+    fixed = (
+        " With `fixed` routing a large selection bias names the same experts for all tokens."
+        if any(row["routing"] == "fixed" for row in rows)
+        else ""
+    )
     return [
         "Log-probs of the sampler beside those of the trainer's forward pass over the same "
-        "tokens, mean absolute difference in nats (bar 0.02), and how often a greedy token is the "
-        "trainer's likeliest. Random routers choose between near ties, so that rounding alone "
-        "changes experts, layer after layer."
-        + (
-            " The trainer's own distance from the reference kernels says how much of that there "
-            "is; with `fixed` routing a large selection bias names the same experts for all tokens."
-            if has_noise
-            else " How much of the difference at 80 layers is that has not been measured on a GPU. "
-            "In Triton's interpreter, 80 layers of hidden size 128 with 16 experts: with the same "
-            "experts for all tokens, final states after a decoding step are 0.012 to 0.013 "
-            "(relative) from float64, those of the reference in bfloat16 0.017; with random "
-            "routers 0.02 to 0.34 and 0.19 to 0.33."
-        )
-        + (
-            " In `replayed` rows the trainer takes the experts that the sampler used, as stage 3 "
-            "does; the completions are those of the row before."
-            if is_replayed
-            else " Stage 3 replays the sampler's experts; that has not been measured on a GPU."
-        ),
+        f"tokens, mean absolute difference in nats (bar {AGREEMENT_BAR}), and how often a greedy "
+        "token is the trainer's likeliest. Random routers choose between near ties, so that "
+        "rounding alone changes experts, layer after layer: the trainer's own distance from the "
+        f"reference kernels says how much of that there is.{fixed} In `replayed` rows the trainer "
+        "takes the experts that the sampler used, as stage 3 does; the completions are those of "
+        f"the row before. Above the bar: {'; '.join(above) or 'none'}.",
         table(
             [
                 "weights",
@@ -185,7 +188,7 @@ def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str
             ],
             [
                 [
-                    row.get("weights", "random, small embeddings"),
+                    _weights(row),
                     row["layers"],
                     row["routing"],
                     row["drawn_mean_abs_nats"],
@@ -197,3 +200,7 @@ def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str
             ],
         ),
     ]
+
+
+def _weights(row: dict[str, Any]) -> str:
+    return row.get("weights", "random, small embeddings")

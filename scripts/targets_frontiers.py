@@ -183,12 +183,12 @@ def findings(found: Found) -> list[str]:
         lines.append(f'- With `tail = "prior"` it {_where(many, "prior")}.')
     else:
         lines.append('- `tail = "prior"` is not in the file of results: not measured.')
-    low, high = (f(found["distillkit_by_instructions"].values()) for f in (min, max))
+    plain, normal = zip(*found["distillkit_by_instructions"].values(), strict=True)
     lines.append(
         "- DistillKit's setting fits a curve over ranks up to 112 in float32, which is "
-        "ill-conditioned: on power laws its KL is "
-        f"{low:.3f} to {high:.3f} by the instructions that the processor solves it with, and so is "
-        "what is to be equalled. `normalize_t` does not have that."
+        f"ill-conditioned: on the synthetic shapes its KL is {span(plain, '.3f')} by the "
+        "instructions that the processor solves it with, and the error that `adaptive` has to "
+        f"equal moves with it. With `normalize_t` it is {span(normal, '.3f')} with all of them."
     )
     demo = found["frontiers"][DEMO]
     ours, budget = point(demo, DEFAULT), point(demo, BUDGET)

@@ -43,7 +43,10 @@ def results(tmp_path):
         "rows": rows, "failed": [],
     }  # fmt: skip
     (folder / "distillation-synth.json").write_text(json.dumps(found))
-    teacher = {"parameters": 1_234_567, "best": {"tokens": 7_654_321, "seconds": 90.25}}
+    teacher = {
+        "parameters": 1_234_567,
+        "best": {"tokens": 7_654_321, "seconds": 90.25, "loss": 5.25},
+    }
     (folder / "codec-teacher.json").write_text(json.dumps(teacher))
     return folder
 

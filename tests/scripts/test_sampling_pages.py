@@ -11,6 +11,7 @@ from benchmarks import common, sampling
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import performance_sampling
 
+RUN = "2026-01-02T03:04:05Z"
 ABOUT = {"device": "a GPU", "torch": "2", "triton": "3", "date": "2026-01-02"}
 
 
@@ -29,7 +30,9 @@ def measure(tmp_path, monkeypatch):
     def run(*words: str) -> list[dict]:
         monkeypatch.setattr(sys, "argv", ["sampling", "--out", str(out), *words])
         sampling.main()
-        return json.loads(out.read_text())["rows"]
+        rows = json.loads(out.read_text())["rows"]
+        assert all(row.pop("run") for row in rows)
+        return rows
 
     return run
 
@@ -44,13 +47,15 @@ def test_parts_that_are_not_asked_for_keep_their_rows(measure):
     assert measure("--parts", "speed", "--batches", "8") == [memory, *speed]
     assert measure("--parts", "speed", "--batches", "8") == [memory, *speed]
     assert measure("--parts", "memory") == [*speed, memory]
-    assert measure("--parts", "memory", "--layers", "8") == [memory]  # of another student
+    with pytest.raises(SystemExit, match="has rows of layers 80, not 8: move it away, or give"):
+        measure("--parts", "memory", "--layers", "8")
 
 
 def row(routing: str, tokens_per_s: int | None, alone: int) -> dict:
     return {
         "part": "speed", "what": "student", "routing": routing, "batch": 64, "step_ms": 4.0,
         "tokens_per_s": tokens_per_s, "steps_alone_tokens_per_s": alone, "experts_in_use": 161.8,
+        "run": RUN,
     }  # fmt: skip
 
 
@@ -65,9 +70,13 @@ def row(routing: str, tokens_per_s: int | None, alone: int) -> dict:
     ],
 )
 def test_the_bar_is_held_against_evenly_used_experts(even, words):
-    peer = {"part": "peer", "what": "a peer", "batch": 64, "tokens_per_s": 2_000, "same_run": True}
+    peer = {"part": "peer", "what": "a peer", "batch": 64, "tokens_per_s": 2_000, "run": RUN}
     found = {**ABOUT, "layers": 80, "prompt": 128, "new": 128}
     rows = [row("random", 16_000, 17_000), *even, peer]
     text = performance_sampling.sampling({**found, "rows": rows}, [], lambda head, rows: str(rows))
-    assert words in text and "8.0 times the peer with routers as they are drawn" in text
-    assert "captured before. 2026-01-02." in text
+    assert words in text and "drawn, the student writes 8.0 times the peer's tokens." in text
+    assert "captured before. On 2026-01-02: peer; speed, " in text
+    assert "(another run)" not in text
+    peer["run"] = "2026-01-02T03:05:00Z"
+    text = performance_sampling.sampling({**found, "rows": rows}, [], lambda head, rows: str(rows))
+    assert "a peer (another run)" in text
