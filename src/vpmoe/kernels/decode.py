@@ -18,6 +18,7 @@ from vpmoe.kernels.overlap import fetch_early, follow, overlap
 ROWS = 16  # tokens of a tile: the least that the matrix units take
 BLOCK = 128  # keys that a program looks at together
 COLUMNS = 16  # of a program of `linear`
+TALL = 64  # the most rows of one
 DEPTH = 128  # of a tile of a product
 STAGES = 4  # tiles under way
 
@@ -263,7 +264,7 @@ def linear(
         own.
     """
     (rows, dim), columns = x.shape, weight.shape[0]
-    tall = max(ROWS, min(64, triton.next_power_of_2(rows)))
+    tall = max(ROWS, min(TALL, triton.next_power_of_2(rows)))
     _linear_kernel[(triton.cdiv(columns, COLUMNS), triton.cdiv(rows, tall))](
         x, weight, bias, residual, out, rows,
         N=columns, K=dim, BM=tall, BN=COLUMNS, BK=depth_of(dim, DEPTH),
