@@ -149,8 +149,12 @@ def test_the_buffer_gives_experts_back_after_a_restart():
     assert second.take(1)[0].expert_ids is None
 
 
-def test_replay_closes_the_gap_between_sampler_and_trainer_in_bfloat16():
-    """40 random layers: rounding flips near ties, layer after layer, unless experts are given."""
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 0.02), (torch.bfloat16, 0.1)])
+def test_replay_closes_the_gap_between_sampler_and_trainer(dtype, close):
+    """40 random layers: what is as small as rounding flips near ties, unless experts are given.
+
+    Routers are moved by a five-hundredth: some processors round alike in both passes.
+    """
     moe = {**TREE["moe"], "num_experts": 16, "num_experts_per_token": 4, "expert_hidden": 16}
     config = with_end_of_text(
         num_layers=40,
@@ -161,15 +165,20 @@ def test_replay_closes_the_gap_between_sampler_and_trainer_in_bfloat16():
         local_attention={"kind": "tpa", "window_size": 16},
         moe=moe,
     )
-    student = build_student(config, seed=0, dtype=torch.bfloat16)
+    student = build_student(config, seed=0, dtype=dtype)
     prompts = prompts_of((3, 20, 9, 31))
     rollouts = rollouts_of(student, prompts, [16] * 4, stop_tokens=())
     bare = [replace(rollout, expert_ids=None) for rollout in rollouts]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for router in student.routers():
+            noise = torch.randn(router.weight.shape, generator=generator, dtype=torch.float64)
+            router.weight.mul_((1 + noise / 512).to(dtype))
     replayed, free = (
         require_sampler_equals_trainer(student, given, seq_len=64, tolerance_nats=9.0)
         for given in (rollouts, bare)
     )
-    assert replayed < 0.02
+    assert replayed < close
     assert free > 4 * replayed
 
 
