@@ -73,3 +73,10 @@ def test_the_tolerance_is_the_control_over_the_same_steps(asked, words):
 def test_nothing_is_left_to_run_when_the_reference_made_all_steps():
     apart = {"fused, reference": [1.0, 1.0], "fused, control": [1.0, 1.0]}
     assert "Not run" not in full_student._tolerance(apart, 2)
+
+
+def test_steps_that_were_run_after_the_tolerance_was_stated_are_judged_alone(monkeypatch):
+    monkeypatch.setattr(full_student, "STATED", 2)
+    apart = {"fused, reference": [9.0, 1.0, 2.0, 4.0], "fused, control": [9.0, 9.0, 3.0, 5.0]}
+    words = "over the steps after these: 3.00 % against 4.00 % on average, 4.0 % against 5.0 % at"
+    assert words in full_student._tolerance(apart, 4)
