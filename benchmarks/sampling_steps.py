@@ -66,7 +66,7 @@ def begin(slots: Any, batch: int, *, seed: int = 0) -> None:
 
 
 @contextmanager
-def watched(move: float = 0.0) -> Iterator[dict[str, Any]]:
+def watched() -> Iterator[dict[str, Any]]:
     """Count the experts that eager steps use, layer by layer; move selection biases meanwhile.
 
     Yields:
@@ -77,7 +77,7 @@ def watched(move: float = 0.0) -> Iterator[dict[str, Any]]:
     from vpmoe.models.router import shifted_expert_bias
 
     choose = decode_experts.choose_experts
-    state: dict[str, Any] = {"move": move, "in_use": []}
+    state: dict[str, Any] = {"move": 0.0, "in_use": []}
 
     def watching(*arguments: Any) -> None:
         choose(*arguments)

@@ -154,9 +154,8 @@ def chunked_loss(
 ) -> ChunkedResult:
     """Sum of coefficient x row loss over a linear head, with gradients taken in the forward.
 
-    Logits are a GEMM in the inputs' dtype; softmax, loss and dlogits are float32 (float64 for
-    float64 inputs). The head's gradient is accumulated in that wider type over chunks and rounded
-    once. An input that needs no grad costs no GEMM.
+    Logits are a GEMM in the inputs' dtype; softmax, loss, dlogits and the head's summed gradient
+    are float32 (float64 for float64 inputs). An input that needs no grad costs no GEMM.
 
     Args:
         hidden: Final normed states.
