@@ -14,30 +14,25 @@ ROUNDS = 192  # steps in which biases are moved
 AGAIN = 64  # of them until new conversations begin
 SHOWN = 12  # kernels
 
-# Tiles of 128 take 254 registers a thread (ptxas, sm_90), so that two programs fit on an SM; of
-# tiles 64 deep, which take 95, five do.
+# Of half a network, in smaller tiles, so that more programs fit on a multiprocessor.
+HALVES = {"MAX_PIECE": 64, "WARPS": 4}
 SHORT = {"DEPTH": 64, "STAGES": 5}
-LOW = {"TALL": 32}
 
 # What is said of a variant -> the constants that it changes, by module of `vpmoe.kernels`.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "as it is": {},
     "kernels one after another, without early launches": {"overlap": {"ENABLED": False}},
-    **{f"experts: {n} teams": {"decode_experts": {"TEAMS": n}} for n in (3, 4)},
-    "experts: 32 units a program": {"decode_experts": {"MAX_PIECE": 32}},
-    "experts: 8 warps": {"decode_experts": {"WARPS": 8}},
-    **{f"experts: {n} tiles under way": {"decode_experts": {"STAGES": n}} for n in (2, 4)},
-    **{
-        f"experts: tiles 64 deep, {n} under way": {"decode_experts": {**SHORT, "STAGES": n}}
-        for n in (3, 4, 5, 6)
-    },
-    "experts: the same, 5 under way, 4 teams": {"decode_experts": {**SHORT, "TEAMS": 4}},
-    "experts: the same, 32 units": {"decode_experts": {**SHORT, "MAX_PIECE": 32}},
-    **{f"linear: {n} rows a program": {"decode": {"TALL": n}} for n in (16, 32)},
+    **{f"experts: {n} columns guessed": {"decode_experts": {"GUESSED": n}} for n in (0, 512)},
+    "experts: 2 teams": {"decode_experts": {"TEAMS": 2}},
+    "experts: 4 tiles under way": {"decode_experts": {"STAGES": 4}},
+    "experts: 4 warps": {"decode_experts": {"WARPS": 4}},
+    "experts: 64 units a program, 4 warps": {"decode_experts": HALVES},
+    "experts: the same, tiles 64 deep, 5 under way": {"decode_experts": {**HALVES, **SHORT}},
     **{f"linear: {n} columns a program": {"decode": {"COLUMNS": n}} for n in (8, 32)},
-    "linear: 32 rows, 32 columns": {"decode": {**LOW, "COLUMNS": 32}},
-    "linear: 6 tiles under way": {"decode": {"STAGES": 6}},
-    "both: 32 rows; tiles 64 deep, 5 under way": {"decode": LOW, "decode_experts": SHORT},
+    "linear: 32 rows a program": {"decode": {"TALL": 32}},
+    "linear: 4 tiles under way": {"decode": {"STAGES": 4}},
+    "attention: nothing of the ring early": {"decode_attention": {"EARLY": 0}},
+    "attention: 64 keys at a time": {"decode_attention": {"BLOCK": 64}},
     "as it is, once more": {},
 }
 

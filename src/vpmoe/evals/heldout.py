@@ -1,7 +1,6 @@
 """Loss on conversations a student has not trained on, per span, beside a unigram baseline."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,23 +138,11 @@ def document_logprobs(
 ) -> Float[np.ndarray, " labels"]:
     """The student's log-probability of every trained label, in the order of `trained_labels`."""
     parts: dict[int, np.ndarray] = {}
-    with evaluating(student):
-        for members in _batches([len(d.tokens) for d in documents], batch_tokens):
-            rows = [documents[i] for i in members]
-            for index, logprobs in zip(members, _read(student, rows), strict=True):
-                parts[index] = logprobs
+    for members in _batches([len(d.tokens) for d in documents], batch_tokens):
+        rows = [documents[i] for i in members]
+        for index, logprobs in zip(members, _read(student, rows), strict=True):
+            parts[index] = logprobs
     return np.concatenate([parts[i] for i in range(len(documents))])
-
-
-@contextmanager
-def evaluating(student: Student) -> Iterator[None]:
-    """Evaluation mode inside, the mode it was in outside."""
-    was_training = student.training
-    student.eval()
-    try:
-        yield
-    finally:
-        student.train(was_training)
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -52,12 +52,9 @@ def check_parity(student: Student, folder: Path) -> Parity:
     loaded = cast(nn.Module, AutoModelForCausalLM.from_pretrained(folder))
     loaded.to(device)
     tokens = probe_tokens(student).to(device)
-    was_training = student.training
-    student.eval()
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     hidden = student(tokens, positions=positions, document_ids=torch.zeros_like(tokens)).hidden
     expected = student.logits(hidden).float()
-    student.train(was_training)
     found = loaded(tokens).logits
     if student.id_of is not None:
         found = found[..., student.id_of]

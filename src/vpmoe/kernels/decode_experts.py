@@ -8,14 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vpmoe.kernels.decode import ROWS, depth_of
-from vpmoe.kernels.overlap import follow, overlap
+from vpmoe.kernels.overlap import fetch_early, follow, overlap
 from vpmoe.kernels.router import GroupChoice, Record, _choose_kernel
 
-MAX_PIECE = 64  # units of a network that one program computes
-WARPS = 4
+MAX_PIECE = 128  # units of a network that one program computes
+WARPS = 8
 STAGES = 3  # tiles of weights under way
 DEPTH = 128  # of a tile of weights
-TEAMS = 2  # programs among which the tiles of one expert's tokens are dealt out
+GUESSED = 256  # columns of every expert's first matrix that are asked for while the router chooses
+TEAMS = 4  # programs among which the tiles of one expert's tokens are dealt out
 
 
 @triton.jit
@@ -25,23 +26,27 @@ def _network(
     BK: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Some tokens through F units of a network; a part of what it adds to the stream."""
-    f = tl.arange(0, F)
+    f, n0 = tl.arange(0, F), tl.arange(0, BN)
     z = tl.zeros((ROWS, F), tl.float32)
+    if BIAS:  # read here and a tile ahead, so that no product waits for memory
+        z += tl.load(up_bias + f)[None, :].to(tl.float32)
+        ahead = tl.load(down_bias + n0)
     for k in range(0, D, BK):
         ks = k + tl.arange(0, BK)
         a = tl.load(x + token[:, None] * D + ks[None, :], inside[:, None], other=0.0)
         b = tl.load(up + f[None, :] * D + ks[:, None])
         z = tl.dot(a, b, z)
-    if BIAS:
-        z += tl.load(up_bias + f)[None, :].to(tl.float32)
     r = tl.maximum(z, 0.0)
     units = (r * r * weight[:, None]).to(tl.bfloat16)
     for n in range(0, D, BN):
-        ns = n + tl.arange(0, BN)
+        ns = n + n0
         b = tl.load(down + ns[None, :] * WIDTH + f[:, None])
+        if BIAS:
+            bias = ahead.to(tl.float32)
+            ahead = tl.load(down_bias + tl.minimum(n + BN, D - BN) + n0)
         y = tl.dot(units, b)
         if BIAS:
-            y += tl.load(down_bias + ns)[None, :].to(tl.float32) * (weight * has_bias)[:, None]
+            y += bias[None, :] * (weight * has_bias)[:, None]
         tl.store(out[:, None] + ns[None, :], y.to(tl.bfloat16), inside[:, None])
 
 
@@ -52,14 +57,23 @@ def _experts_kernel(
     D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr, P: tl.constexpr,
     SHARED: tl.constexpr, F: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr,
     TEAMS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr,
-    SCALED: tl.constexpr, PDL: tl.constexpr,
+    SCALED: tl.constexpr, GUESSED: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs of the shared expert, then of each expert, F units each; parts per token."""
-    follow(PDL)
     program = tl.program_id(0)
     own: tl.constexpr = SHARED // F
+    pieces: tl.constexpr = WIDTH // F if E > 0 else 1
+    which = program - own * GROUPS
+    expert = which // pieces % max(E, 1)  # teams outermost: the second one is mostly idle
+    piece = which % pieces
+    team = which // (pieces * max(E, 1))
+    if GUESSED > 0 and which >= 0 and team == 0:
+        unit = expert.to(tl.int64) * WIDTH + piece * F + tl.arange(0, F)
+        line = tl.arange(0, (GUESSED + 63) // 64) * 64  # of 128 bytes
+        fetch_early(up + unit[:, None] * D + line[None, :], PDL)
+    follow(PDL)
     row = tl.arange(0, ROWS)
-    if program < own * GROUPS:
+    if which < 0:
         piece = program // GROUPS
         token = (program % GROUPS) * ROWS + row
         inside = token < rows
@@ -72,16 +86,14 @@ def _experts_kernel(
             (piece == 0).to(tl.float32), D, SHARED, F, ROWS, BK, BN, BIAS,
         )  # fmt: skip
     elif E > 0:
-        pieces: tl.constexpr = WIDTH // F
-        which = program - own * GROUPS
-        expert = which // pieces % E  # teams outermost: the second one is mostly idle
-        piece = which % pieces
-        team = which // (pieces * E)
         slot = tl.arange(0, SLOTS)
         mine = tl.load(ids + slot, slot < rows * A, other=-1) == expert
         count = tl.sum(mine.to(tl.int32), 0)
         if count > team * ROWS:
             e = expert.to(tl.int64)
+            if BIAS:
+                line = tl.minimum(tl.arange(0, LINES) * 64, D - 1)
+                fetch_early(down_bias + e * D + line, PDL)
             rank = tl.cumsum(mine.to(tl.int32), 0) - 1
             for begin in range(team * ROWS, count, TEAMS * ROWS):
                 wanted = begin + row
@@ -182,6 +194,7 @@ def run_experts(
     groups = triton.cdiv(rows, ROWS)
     block = depth_of(dim, DEPTH)
     teams = max(TEAMS, rows // 32)
+
     _experts_kernel[(wide // piece * groups + teams * experts * (width // piece),)](
         x, ids, weights, *_pointers(routed or given), *_pointers(shared or given),
         shared_weight, parts, rows,
@@ -189,6 +202,8 @@ def run_experts(
         SLOTS=triton.next_power_of_2(rows * chosen), GROUPS=groups, TEAMS=teams, ROWS=ROWS,
         BK=block, BN=block,
         BIAS=given.up_bias is not None, SCALED=shared_weight is not None,
+        GUESSED=min(GUESSED, 1 << dim.bit_length() - 1) if 2 * rows * chosen >= experts else 0,
+        LINES=triton.next_power_of_2(triton.cdiv(dim, 64)),
         num_warps=WARPS, num_stages=STAGES, **overlap(),
     )  # fmt: skip
 

@@ -154,20 +154,23 @@ def _choose_kernel(
     GIVEN: tl.constexpr, NONE: tl.constexpr, RECORD: tl.constexpr,
     ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    follow(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     e = tl.arange(0, E)
+    lift = tl.load(expert_bias + e)[None, :]
+    if BIAS:
+        shift = tl.load(bias + e)[None, :]
+    follow(PDL)
     at = row[:, None].to(tl.int64) * (HALVES * E) + e[None, :]
     z = tl.load(logits + at, inside[:, None], other=0.0)
     if HALVES == 2:
         z += tl.load(logits + at + E, inside[:, None], other=0.0)
     if BIAS:
-        z += tl.load(bias + e)[None, :]
+        z += shift
     one = tl.full((ROWS, E), 1.0, tl.float32)
     s = tl.div_rn(one, one + libdevice.exp(-z))
     tl.store(scores_out + row[:, None].to(tl.int64) * E + e[None, :], s, inside[:, None])
-    groups = tl.reshape(s + tl.load(expert_bias + e)[None, :], (ROWS, G, E // G))
+    groups = tl.reshape(s + lift, (ROWS, G, E // G))
     kept = _best_groups(groups, E, G, KEPT, JUDGES, ROWS)
     reachable = tl.where((kept > 0)[:, :, None], groups, float("-inf"))
     reachable = tl.reshape(reachable, (ROWS, E))
@@ -260,15 +263,17 @@ def _backward_kernel(
     tl.store(d_bias + tl.program_id(0) * E + e, tl.sum(dz, 0))
 
 
-def split_weight(weight: Float[Tensor, "experts dim"]) -> Float[Tensor, "twice_experts dim"]:
+def split_weight(
+    weight: Float[Tensor, "experts dim"], *, out: Float[Tensor, "twice_experts dim"] | None = None
+) -> Float[Tensor, "twice_experts dim"]:
     """A float32 matrix as two bf16 ones below each other, whose sum is off by 2^-17 at most.
 
     References:
         own.
     """
-    out = torch.empty(
-        2 * weight.shape[0], weight.shape[1], dtype=torch.bfloat16, device=weight.device
-    )
+    if out is None:
+        experts, dim = weight.shape
+        out = torch.empty(2 * experts, dim, dtype=torch.bfloat16, device=weight.device)
     _split_kernel[(triton.cdiv(weight.numel(), 1024),)](weight, out, weight.numel(), BLOCK=1024)
     return out
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpmoe.errors import ConfigError
-from vpmoe.kernels import decode, decode_experts
-from vpmoe.kernels.decode import Heads
+from vpmoe.kernels import decode, decode_attention, decode_experts
+from vpmoe.kernels.decode_attention import Heads
 from vpmoe.kernels.decode_experts import Network
 from vpmoe.kernels.router import GroupChoice, Record, split_weight
 from vpmoe.models.attention.base import Attention
@@ -89,6 +89,7 @@ class FusedDecoder(Decoder):
                 zip(student.layers, self.cache.layers, strict=True), start=1
             )
         ]
+        self.refresh()
         self._passes: dict[tuple[int, ...], PromptGraph | None] = {}
         self._pool: Any = None
         self.normed = bf16(slots, config.hidden_size)
@@ -123,7 +124,7 @@ class FusedDecoder(Decoder):
             decode.normalise(stream, step.attention_gamma, parts, self.normed, eps=eps)
             projected = stream.new_empty(self.slots, step.joint.shape[0])
             decode.linear(self.normed, step.joint, step.joint_bias, projected)
-            decode.attend_cached(
+            decode_attention.attend_cached(
                 projected,
                 step.heads._replace(rotation=rotations[step.kind]),
                 places,
@@ -162,13 +163,22 @@ class FusedDecoder(Decoder):
 
     def refresh(self) -> None:
         """Put the projections together again, where they are."""
+        into: list[Tensor] = []
+        parameters: list[Tensor] = []
         for layer, step in zip(self.student.layers, self.steps, strict=True):
-            joint, bias = joint_projection(layer.attention)  # pyright: ignore[reportArgumentType]
-            step.joint.copy_(joint)
-            if step.joint_bias is not None and bias is not None:
-                step.joint_bias.copy_(bias)
+            parts = projections_of(layer.attention)  # pyright: ignore[reportArgumentType]
+            sizes = [len(part.weight) for part in parts]
+            into += step.joint.split(sizes)
+            parameters += (part.weight.detach() for part in parts)
+            if step.joint_bias is not None:
+                for part, rows in zip(parts, step.joint_bias.split(sizes), strict=True):
+                    if part.bias is not None:
+                        into.append(rows)
+                        parameters.append(part.bias.detach())
             if step.halves is not None and isinstance(layer.mlp, Moe):
-                step.halves.copy_(split_weight(layer.mlp.router.weight.detach()))
+                split_weight(layer.mlp.router.weight.detach(), out=step.halves)
+        # A few launches for all layers.
+        torch._foreach_copy_(into, parameters)  # pyright: ignore[reportPrivateImportUsage]
 
     def _read_prompts(
         self, tokens: Int[Tensor, "rows width"], placed: Int[Tensor, "2 rows"]
@@ -199,7 +209,7 @@ class FusedDecoder(Decoder):
 
 
 def step_of(student: "Student", number: int, layer: "Layer", cache: LayerCache) -> Step:
-    """A layer as its kernels take it.
+    """A layer as its kernels take it, with room for what `refresh` puts together.
 
     References:
         own.
@@ -207,7 +217,10 @@ def step_of(student: "Student", number: int, layer: "Layer", cache: LayerCache) 
     config = student.config
     kind = "global" if config.is_global(number) else "local"
     attention, mlp = layer.attention, layer.mlp
-    joint, joint_bias = joint_projection(attention)
+    projections = projections_of(attention)
+    width = sum(len(projection.weight) for projection in projections)
+    has_bias = any(projection.bias is not None for projection in projections)
+    made = attention.o_proj.weight.new_zeros
     moe = mlp if isinstance(mlp, Moe) else None
     dense = mlp if isinstance(mlp, Mlp) else (None if moe is None else moe.shared)
     position = student.positions[kind]
@@ -223,13 +236,13 @@ def step_of(student: "Student", number: int, layer: "Layer", cache: LayerCache) 
         kind=kind,
         cache=cache,
         attention_gamma=layer.attention_norm.gamma,
-        joint=joint,
-        joint_bias=joint_bias,
+        joint=made(width, config.hidden_size),
+        joint_bias=made(width) if has_bias else None,
         heads=heads_of(attention, position, config.attention_of(number).window_size),
         out=attention.o_proj.weight,
         out_bias=attention.o_proj.bias,
         mlp_gamma=layer.mlp_norm.gamma,
-        halves=None if moe is None else split_weight(moe.router.weight.detach()),
+        halves=None if moe is None else made(2 * len(moe.router.weight), config.hidden_size),
         router_bias=None if moe is None else moe.router.bias,
         expert_bias=None if moe is None else moe.router.expert_bias,
         routed=routed,
@@ -238,26 +251,16 @@ def step_of(student: "Student", number: int, layer: "Layer", cache: LayerCache) 
     )
 
 
-def joint_projection(attention: Attention) -> tuple[Tensor, Tensor | None]:
-    """All projections of queries, keys and values as one matrix: vectors first, then mixtures.
+def projections_of(attention: Attention) -> list[nn.Linear]:
+    """All projections of queries, keys and values: vectors first, then mixtures.
 
     References:
         own.
     """
     if isinstance(attention, Tpa):
-        plain = (attention.q_b, attention.k_b, attention.v_b)
-        mixed = (attention.q_a, attention.k_a, attention.v_a)
-        parts = (*plain, *mixed)
-    else:
-        parts = tuple(getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj"))
-    weight = torch.cat([part.weight.detach() for part in parts])
-    if all(part.bias is None for part in parts):
-        return weight, None
-    biases = [
-        weight.new_zeros(len(part.weight)) if part.bias is None else part.bias.detach()
-        for part in parts
-    ]
-    return weight, torch.cat(biases)
+        plain = [attention.q_b, attention.k_b, attention.v_b]
+        return [*plain, attention.q_a, attention.k_a, attention.v_a]
+    return [getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
 
 
 def heads_of(attention: Attention, position: Position, window_size: int | None) -> Heads:

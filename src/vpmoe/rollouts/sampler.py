@@ -6,7 +6,6 @@ alone: neither the batch it shares nor the order of work changes it.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,7 +48,7 @@ class Sampler:
     """Writes completions with a student.
 
     Args:
-        student: Put into evaluation mode while it writes, and back afterwards.
+        student: Who writes.
         max_batch: Conversations under way at a time.
         keeps_experts: Say of every token which experts it went to.
     """
@@ -94,11 +93,10 @@ class Sampler:
         prompts = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
         draw = Draw(temperature, top_p, seed)
         capacity = max(len(p) + n for p, n in zip(prompts, max_new_tokens, strict=True))
-        with _evaluating(self.student):
-            slots = self._slots_for(
-                draw, stop_tokens, slots=min(self.max_batch, len(prompts)), capacity=capacity
-            )
-            return _written(slots, prompts, max_new_tokens)
+        slots = self._slots_for(
+            draw, stop_tokens, slots=min(self.max_batch, len(prompts)), capacity=capacity
+        )
+        return _written(slots, prompts, max_new_tokens)
 
     def release(self) -> None:
         """Give back the memory of caches and graphs, which otherwise stay for the next call."""
@@ -142,14 +140,13 @@ class Sampler:
             UsageError: If a setting or the prompt makes no sense.
         """
         _require([prompt], [max_new_tokens], temperature=draw.temperature, top_p=draw.top_p)
-        with _evaluating(self.student):
-            capacity = len(prompt) + max_new_tokens
-            slots = self._slots_for(draw, STOP_TOKENS, slots=1, capacity=capacity)
-            slots.admit([0], [np.asarray(prompt, dtype=np.int64)], [request], [max_new_tokens])
-            is_going = True
-            while is_going:
-                is_going = bool(slots.advance(1)[0])
-                yield int(slots.take([0])[0].tokens[-1])
+        capacity = len(prompt) + max_new_tokens
+        slots = self._slots_for(draw, STOP_TOKENS, slots=1, capacity=capacity)
+        slots.admit([0], [np.asarray(prompt, dtype=np.int64)], [request], [max_new_tokens])
+        is_going = True
+        while is_going:
+            is_going = bool(slots.advance(1)[0])
+            yield int(slots.take([0])[0].tokens[-1])
 
 
 def _written(
@@ -196,17 +193,6 @@ def _completion(written: Written) -> Completion:
         stop_reason="stop" if written.has_stopped else "length",
         expert_ids=written.expert_ids,
     )
-
-
-@contextmanager
-def _evaluating(student: Student) -> Iterator[None]:
-    """Evaluation mode for a while."""
-    was_training = student.training
-    student.eval()
-    try:
-        yield
-    finally:
-        student.train(was_training)
 
 
 def _require(
