@@ -211,6 +211,28 @@ def kept_rows(path: Path, **about: Any) -> list[dict[str, Any]]:
     return found["rows"]
 
 
+class Record:
+    """Rows of a results file of which a command measures some parts, each written at once.
+
+    A part's first new row takes the place of all its earlier ones; parts that are not measured keep
+    theirs. A row has the time at which its run began: two of one run were measured side by side.
+    """
+
+    def __init__(self, path: Path, **about: Any) -> None:
+        self.path, self.about = path, about
+        self.rows, self.renewed = kept_rows(path, **about), set[str]()
+        self.run = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+    def add(self, row: dict[str, Any]) -> None:
+        """A row, which names its part."""
+        print(row, flush=True)
+        if row["part"] not in self.renewed:
+            self.renewed.add(row["part"])
+            self.rows = [other for other in self.rows if other["part"] != row["part"]]
+        self.rows.append({**row, "run": self.run})
+        write_results(self.path, self.rows, **self.about)
+
+
 def loss_of(student: Any, batch: dict[str, torch.Tensor], *, chunk_rows: int) -> torch.Tensor:
     """Cross-entropy of all labels of a batch and the routers' auxiliary loss."""
     from vpmoe.losses.base import LossInputs

@@ -7,8 +7,8 @@ python -m benchmarks.sampling --parts agreement --run runs/demo/3-on-policy --ou
 
 Random weights and tokens. The peer is transformers' Qwen3-MoE of equal size with a static cache,
 which compiles itself. Tokens per second count written tokens over the whole call, prompts included.
-With routers as they are drawn most tokens of a deep layer go to the same few experts; with `even`
-routing selection biases spread them, as in training. Parts that are not asked for keep their rows.
+With `even` routing selection biases spread the tokens over the experts, as in training, whatever
+routers as they are drawn do. Parts that are not asked for keep their rows.
 """
 
 import argparse
@@ -23,13 +23,12 @@ import torch
 from benchmarks.agreement import agreement, agreement_of_run
 from benchmarks.common import (
     RESULTS,
+    Record,
     config_of,
     describe_device,
     free,
     graph_times,
-    kept_rows,
     qwen3_moe,
-    write_results,
 )
 from benchmarks.sampling_steps import (
     NEW,
@@ -227,10 +226,7 @@ def named(part: str, rows: Iterable[dict[str, Any]], **more: Any) -> Rows:
 
 
 def main() -> None:
-    """Run the parts that were asked for; write after each row, beside what is kept of others.
-
-    A row has the time at which its run began: two of one run were measured side by side.
-    """
+    """Run the parts that were asked for; write after each row, beside what is kept of others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
@@ -238,27 +234,21 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a trained student, for agreement")
     parser.add_argument("--out", type=Path, default=RESULTS / "sampling.json")
     args = parser.parse_args()
-    about = {"layers": args.layers, "prompt": PROMPT, "new": NEW}
-    rows, renewed = kept_rows(args.out, **about), set[str]()
-    run = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-    def note(found: Rows) -> None:
-        for row in found:
-            print(row, flush=True)
-            if row["part"] not in renewed:  # what was measured before goes when there is better
-                renewed.add(row["part"])
-                rows[:] = [other for other in rows if other["part"] != row["part"]]
-            rows.append({**row, "run": run})
-            write_results(args.out, rows, **about)
-
+    record = Record(args.out, layers=args.layers, prompt=PROMPT, new=NEW)
     print(describe_device())
+    for row in measured_all(args):
+        record.add(row)
+
+
+def measured_all(args: argparse.Namespace) -> Rows:
+    """Everything that was asked for."""
     if set(args.parts) - {"peer"}:
-        note(of_student(args))
+        yield from of_student(args)
         free()  # the peer is alone, so that the student's memory is free
     if "agreement" in args.parts and args.run:
-        note(named("agreement", agreement_of_run(args.run)))
+        yield from named("agreement", agreement_of_run(args.run))
     if "peer" in args.parts:
-        note(named("peer", [peer(args.layers, batch=SLOTS)]))
+        yield from named("peer", [peer(args.layers, batch=SLOTS)])
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ def watched() -> Iterator[dict[str, Any]]:
 def even_routing(student: Any, batch: int) -> Iterator[None]:
     """Selection biases that spread a batch's tokens over the experts, as training moves them.
 
-    The deep layers of a random student send all tokens to the same few experts, which makes
-    sampling look cheap: it is the weights in use that are read.
+    A student whose routers send all tokens to the same few experts makes sampling look cheap: it is
+    the weights in use that are read.
     """
     slots = conversations(student, batch)
     try:

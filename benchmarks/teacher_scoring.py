@@ -16,13 +16,13 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.common import REPOSITORY, RESULTS, write_results
+from benchmarks.common import REPOSITORY, RESULTS, Record, write_results
 from benchmarks.whole_model import free
 
 SAMPLE = REPOSITORY.parent / "shared" / "data" / "synth" / "synth_sample.parquet"
@@ -129,17 +129,18 @@ def score_plainly(model: Any, batches: list[list[np.ndarray]], top: int) -> list
 
 def peer(
     model: Any, sequences: list[np.ndarray], tries: list[str], repetitions: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """transformers, with each attention and number of tokens at a time that is to be tried."""
     import transformers
 
     tokens, rows = sum(map(len, sequences)), []
 
-    def attempt(attention: str, size: int, top: int) -> None:
+    def attempt(attention: str, size: int, top: int) -> dict[str, Any]:
         model.set_attn_implementation(attention)
         batches = padded_batches(sequences, size)
         free()
         row = {
+            "part": "peer",
             "what": f"transformers {transformers.__version__}, {attention}",
             "reads": f"top-{top}" if top else "log-probs",
             "batch_tokens": size,
@@ -149,16 +150,15 @@ def peer(
             row |= timed(lambda: score_plainly(model, batches, top), tokens, repetitions)
         except torch.OutOfMemoryError:
             row |= {"tokens_per_s": 0, "why": "out of memory"}
-        rows.append(row)
-        print(row, flush=True)
+        return row
 
     found = [text.split(":") for text in tries]
     for attention, size in found:
-        attempt(attention, int(size), 0)
+        rows.append(attempt(attention, int(size), 0))
+        yield rows[-1]
     best = max(range(len(rows)), key=lambda index: rows[index]["tokens_per_s"])
-    attempt(found[best][0], int(found[best][1]), TOP)
+    yield attempt(found[best][0], int(found[best][1]), TOP)
     model.set_attn_implementation("eager")
-    return rows
 
 
 def fused(model: Any, size: int) -> Any:
@@ -172,19 +172,17 @@ def fused(model: Any, size: int) -> Any:
 
 def ours(
     teacher: Any, sequences: list[np.ndarray], size: int, repetitions: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """The local teacher with fused kernels: log-probs, the likeliest ids, draws."""
-    tokens, rows = sum(map(len, sequences)), []
+    tokens = sum(map(len, sequences))
     for reads, work in {
         "log-probs": lambda: teacher.score(sequences),
         f"top-{TOP}": lambda: teacher.score_top(sequences, TOP),
         f"{DRAWS} draws": lambda: teacher.score_sampled(sequences, DRAWS, 0),
     }.items():
         free()
-        row = {"what": "vpmoe", "reads": reads, "batch_tokens": size}
-        rows.append(row | timed(work, tokens, repetitions))
-        print(rows[-1], flush=True)
-    return rows
+        row = {"part": "ours", "what": "vpmoe", "reads": reads, "batch_tokens": size}
+        yield row | timed(work, tokens, repetitions)
 
 
 def pack(teacher: Any, args: argparse.Namespace, about: dict[str, Any]) -> None:
@@ -213,28 +211,30 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, help="JSON list, instead of rendering the sample")
     parser.add_argument("--out", type=Path, default=RESULTS / "teacher-scoring.json")
     args = parser.parse_args()
-    model, rows = build(args.layers), []
-    about = {"layers": args.layers, "batch_tokens": args.size}
-    sequences: list[np.ndarray] = []
+    about: dict[str, Any] = {"layers": args.layers, "batch_tokens": args.size}
+    record = sequences = None
     if set(args.parts) != {"packing"}:
-        given = args.lengths
-        lengths = json.loads(given.read_text()) if given else synth_lengths(args.sample)
+        lengths = (
+            json.loads(args.lengths.read_text()) if args.lengths else synth_lengths(args.sample)
+        )
         sequences = sequences_of(lengths, args.tokens)
-        about |= {
+        of_sequences = {
             "sequences": len(sequences),
             "tokens": sum(map(len, sequences)),
             "mean_length": round(float(np.mean(lengths)), 1),
             "longest": max(lengths),
         }
-    if "peer" in args.parts:
-        rows += peer(model, sequences, args.peer, args.repetitions)
-        write_results(args.out, rows, **about)
+        record = Record(args.out, **about, **of_sequences)
+    model = build(args.layers)
+    if record and sequences and "peer" in args.parts:
+        for row in peer(model, sequences, args.peer, args.repetitions):
+            record.add(row)
     teacher = fused(model, args.size)
     if "packing" in args.parts:
-        pack(teacher, args, {"layers": args.layers, "batch_tokens": args.size})
-    if "ours" in args.parts:
-        rows += ours(teacher, sequences, args.size, args.repetitions)
-        write_results(args.out, rows, **about)
+        pack(teacher, args, about)
+    if record and sequences and "ours" in args.parts:
+        for row in ours(teacher, sequences, args.size, args.repetitions):
+            record.add(row)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def teacher_scoring(
         for row in found["rows"]
     ]
     head = ["what", "reads", "tokens at a time", "tokens/s", "MFU %", "GiB", "times the best peer"]
-    same = "in one process" if found.get("same_run", True) else "in two processes"
+    is_one = len({row.get("run", found["date"]) for row in found["rows"]}) == 1
+    same = "in one process" if is_one else "in different runs"
     return "\n\n".join(
         [
             "## Teacher scoring: GPT-OSS-20B's shape",

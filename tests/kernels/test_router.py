@@ -152,8 +152,7 @@ def test_replay_of_own_choices_changes_no_bit(dtype):
 
 
 def test_chosen_experts_are_recorded_where_they_belong():
-    from vpmoe.kernels.decode_experts import choose_experts
-    from vpmoe.kernels.router import Record
+    from vpmoe.kernels.decode_experts import Record, choose_experts
 
     torch.manual_seed(5)
     logits, zeros = torch.randn(50, 256, device="cuda"), torch.zeros(256, device="cuda")

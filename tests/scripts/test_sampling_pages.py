@@ -63,8 +63,9 @@ def row(routing: str, tokens_per_s: int | None, alone: int) -> dict:
     ("even", "words"),
     [
         ([], "held against that. **Not run.**"),
-        ([row("even", 13_000, 15_000)], "held against that: met, 6.5 times the peer. 162 of 256"),
-        ([row("even", 12_999, 15_000)], "held against that: **missed**, 6.5 times the peer."),
+        ([row("even", 20_000, 15_000)], "in use in a layer: met, 10.0 times the peer."),
+        ([row("even", 13_000, 15_000)], "a layer: met (stretch missed), 6.5 times the peer."),
+        ([row("even", 12_999, 15_000)], "in use in a layer: **missed**, 6.5 times the peer."),
         ([row("even", None, 13_001)], "write 13,001 tokens per second: **open**."),
         ([row("even", None, 12_999)], "12,999 tokens per second: **missed even without prompts**."),
     ],
@@ -74,9 +75,29 @@ def test_the_bar_is_held_against_evenly_used_experts(even, words):
     found = {**ABOUT, "layers": 80, "prompt": 128, "new": 128}
     rows = [row("random", 16_000, 17_000), *even, peer]
     text = performance_sampling.sampling({**found, "rows": rows}, [], lambda head, rows: str(rows))
-    assert words in text and "drawn, the student writes 8.0 times the peer's tokens." in text
-    assert "captured before. On 2026-01-02: peer; speed, " in text
+    assert words in text
+    assert (
+        "student writes 8.0 times the peer's tokens, 162 of 256 experts in use in a layer" in text
+    )
+    assert "captured before. All on 2026-01-02." in text
     assert "(another run)" not in text
-    peer["run"] = "2026-01-02T03:05:00Z"
+    peer["run"] = "2026-01-03T03:05:00Z"
     text = performance_sampling.sampling({**found, "rows": rows}, [], lambda head, rows: str(rows))
-    assert "a peer (another run)" in text
+    assert "a peer (another run)" in text and "On 2026-01-03: peer." in text
+
+
+def test_short_kernels_are_shown_as_one_and_the_page_says_what_binds():
+    kernels = [
+        {"what": "kernel", "batch": 64, "routing": "even", "kernel": name, "calls": n, "us": us}
+        for name, n, us in (
+            ("_experts_kernel", 80, 2080.0), ("_linear_kernel", 239, 900.0), ("head", 1, 114.0),
+            ("small", 2, 3.0), ("all others", 14, 17.0),
+        )
+    ]  # fmt: skip
+    step = {"what": "step without head and draw", "batch": 64, "routing": "even", "step_ms": 3.777}
+    named = {"kernel": kernels, step["what"]: [{**step, "experts_in_use": 162.5}]}
+    text = "\n".join(performance_sampling._steps(named, lambda head, rows: str(rows)))
+    assert "[['`experts`', 80, 2080.0], ['`linear`', 239, 900.0], ['`head`', 1, 114.0]," in text
+    assert "['all others', 16, 20.0]]" in text
+    assert "experts take 26 us, where reading 162 of them takes 20, and the seven kernels" in text
+    assert "around them 11 us" in text and "the step takes 3.78 ms" in text

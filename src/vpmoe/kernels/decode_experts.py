@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from vpmoe.kernels.decode import ROWS, depth_of
 from vpmoe.kernels.overlap import fetch_early, follow, overlap
-from vpmoe.kernels.router import GroupChoice, Record, _choose_kernel
+from vpmoe.kernels.router import GroupChoice, _choose_kernel
 
 MAX_PIECE = 128  # units of a network that one program computes
 WARPS = 8
@@ -108,6 +108,18 @@ def _experts_kernel(
                     down_bias + e * D, at, (piece == 0).to(tl.float32),
                     D, WIDTH, F, ROWS, BK, BN, BIAS,
                 )  # fmt: skip
+
+
+class Record(NamedTuple):
+    """Where the ids of chosen experts are written a second time, to be kept.
+
+    Attributes:
+        expert_ids: A row per place of a conversation, uint8 or wider.
+        places: Place of each token in its conversation.
+    """
+
+    expert_ids: Integer[Tensor, "tokens places count"]
+    places: Int[Tensor, " tokens"]
 
 
 def choose_experts(

@@ -53,18 +53,6 @@ class Documents(NamedTuple):
     num_documents: int
 
 
-class Record(NamedTuple):
-    """Where the ids of chosen experts are written a second time, to be kept.
-
-    Attributes:
-        expert_ids: A row per place of a conversation, uint8 or wider.
-        places: Place of each token in its conversation.
-    """
-
-    expert_ids: Integer[Tensor, "tokens places count"]
-    places: Int[Tensor, " tokens"]
-
-
 class Routed(NamedTuple):
     """Where tokens go, and what that did to the loads.
 
@@ -272,8 +260,7 @@ def split_weight(
         own.
     """
     if out is None:
-        experts, dim = weight.shape
-        out = torch.empty(2 * experts, dim, dtype=torch.bfloat16, device=weight.device)
+        out = weight.new_empty(2 * len(weight), weight.shape[1], dtype=torch.bfloat16)
     _split_kernel[(triton.cdiv(weight.numel(), 1024),)](weight, out, weight.numel(), BLOCK=1024)
     return out
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from vpmoe.errors import ConfigError
 from vpmoe.kernels import decode, decode_attention, decode_experts
 from vpmoe.kernels.decode_attention import Heads
-from vpmoe.kernels.decode_experts import Network
-from vpmoe.kernels.router import GroupChoice, Record, split_weight
+from vpmoe.kernels.decode_experts import Network, Record
+from vpmoe.kernels.router import GroupChoice, split_weight
 from vpmoe.models.attention.base import Attention
 from vpmoe.models.attention.tpa import Tpa
 from vpmoe.models.cache import LayerCache
