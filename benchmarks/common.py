@@ -221,6 +221,8 @@ class Record:
     def __init__(self, path: Path, **about: Any) -> None:
         self.path, self.about = path, about
         self.rows, self.renewed = kept_rows(path, **about), set[str]()
+        if not all("part" in row for row in self.rows):
+            sys.exit(f"{path} has rows of no part: move it away, or give another --out")
         self.run = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     def add(self, row: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ AGAIN = 64  # of them until new conversations begin
 SHOWN = 12  # kernels
 
 # Of half a network, in smaller tiles, so that more programs fit on a multiprocessor.
-HALVES = {"MAX_PIECE": 64, "WARPS": 4}
+SMALL = {"MAX_PIECE": 64, "WARPS": 4}
 SHORT = {"DEPTH": 64, "STAGES": 5}
 
 # What is said of a variant -> the constants that it changes, by module of `vpmoe.kernels`.
@@ -26,8 +26,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "experts: 2 teams": {"decode_experts": {"TEAMS": 2}},
     "experts: 4 tiles under way": {"decode_experts": {"STAGES": 4}},
     "experts: 4 warps": {"decode_experts": {"WARPS": 4}},
-    "experts: 64 units a program, 4 warps": {"decode_experts": HALVES},
-    "experts: the same, tiles 64 deep, 5 under way": {"decode_experts": {**HALVES, **SHORT}},
+    "experts: 64 units a program, 4 warps": {"decode_experts": SMALL},
+    "experts: the same, tiles 64 deep, 5 under way": {"decode_experts": {**SMALL, **SHORT}},
     **{f"linear: {n} columns a program": {"decode": {"COLUMNS": n}} for n in (8, 32)},
     "linear: 32 rows a program": {"decode": {"TALL": 32}},
     "linear: 4 tiles under way": {"decode": {"STAGES": 4}},

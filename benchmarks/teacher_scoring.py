@@ -140,7 +140,7 @@ def peer(
         batches = padded_batches(sequences, size)
         free()
         row = {
-            "part": "peer",
+            "part": f"peer, {size}",
             "what": f"transformers {transformers.__version__}, {attention}",
             "reads": f"top-{top}" if top else "log-probs",
             "batch_tokens": size,
@@ -181,11 +181,11 @@ def ours(
         f"{DRAWS} draws": lambda: teacher.score_sampled(sequences, DRAWS, 0),
     }.items():
         free()
-        row = {"part": "ours", "what": "vpmoe", "reads": reads, "batch_tokens": size}
+        row = {"part": f"ours, {size}", "what": "vpmoe", "reads": reads, "batch_tokens": size}
         yield row | timed(work, tokens, repetitions)
 
 
-def pack(teacher: Any, args: argparse.Namespace, about: dict[str, Any]) -> None:
+def pack(teacher: Any, args: argparse.Namespace) -> None:
     """What packing costs, in a file of its own."""
     from benchmarks.teacher_packing import conversations, packing
 
@@ -194,6 +194,7 @@ def pack(teacher: Any, args: argparse.Namespace, about: dict[str, Any]) -> None:
         dataset = conversations(args.sample, Path(folder) / "data")
         options = {"fraction": args.fraction, "repetitions": args.repetitions, "device": "cuda"}
         rows = packing(teacher, dataset, **options)
+    about = {"layers": args.layers, "batch_tokens": args.size}
     write_results(args.out.with_name("teacher-packing.json"), rows, **about)
 
 
@@ -211,30 +212,34 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, help="JSON list, instead of rendering the sample")
     parser.add_argument("--out", type=Path, default=RESULTS / "teacher-scoring.json")
     args = parser.parse_args()
-    about: dict[str, Any] = {"layers": args.layers, "batch_tokens": args.size}
-    record = sequences = None
-    if set(args.parts) != {"packing"}:
-        lengths = (
-            json.loads(args.lengths.read_text()) if args.lengths else synth_lengths(args.sample)
-        )
-        sequences = sequences_of(lengths, args.tokens)
-        of_sequences = {
-            "sequences": len(sequences),
-            "tokens": sum(map(len, sequences)),
-            "mean_length": round(float(np.mean(lengths)), 1),
-            "longest": max(lengths),
-        }
-        record = Record(args.out, **about, **of_sequences)
     model = build(args.layers)
-    if record and sequences and "peer" in args.parts:
+    sequences, record = begin(args) if set(args.parts) & {"peer", "ours"} else ([], None)
+    if "peer" in args.parts:
         for row in peer(model, sequences, args.peer, args.repetitions):
             record.add(row)
     teacher = fused(model, args.size)
     if "packing" in args.parts:
-        pack(teacher, args, about)
-    if record and sequences and "ours" in args.parts:
+        pack(teacher, args)
+    if "ours" in args.parts:
         for row in ours(teacher, sequences, args.size, args.repetitions):
             record.add(row)
+
+
+def begin(args: argparse.Namespace) -> tuple[list[np.ndarray], Record]:
+    """The sequences that both sides read, and the file; each size is a part of its own."""
+    given = args.lengths
+    known = json.loads(given.read_text()) if given else synth_lengths(args.sample)
+    sequences = sequences_of(known, args.tokens)
+    lengths = [len(sequence) for sequence in sequences]
+    record = Record(
+        args.out,
+        layers=args.layers,
+        sequences=len(lengths),
+        tokens=sum(lengths),
+        mean_length=round(float(np.mean(lengths)), 1),
+        longest=max(lengths),
+    )
+    return sequences, record
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ AGREEMENT_BAR = 0.02  # nats
 BAR, STRETCH = 13_000, 20_000  # tokens per second at a batch of 64
 ROOFLINE_MS = {1: 0.30, 8: 0.57, 64: 2.02, 256: 3.42}  # weights once, keys and values, 4.26 TB/s
 BYTES_PER_US = 4.26e6
-EXPERT_BYTES = 2 * 2 * 128 * 1024  # two bf16 matrices
+UNIT_BYTES = 2 * 2 * 1024  # of an expert's unit, bf16
+UNITS, SHARED_UNITS = 128, 512
 SHORT_US = 10.0  # kernels that take less in a step are shown as one
 
 SLOTS = 64
@@ -58,8 +59,7 @@ def _dates(found: dict[str, Any]) -> str:
         said = [f"all on {next(iter(days))}"]
     else:
         said = [f"on {day}: {'; '.join(sorted(parts))}" for day, parts in sorted(days.items())]
-    notes = sorted({row["note"] for row in found["rows"] if "note" in row})
-    return "".join(f" {line[0].upper()}{line[1:]}." for line in (*said, *notes))
+    return "".join(f" {line[0].upper()}{line[1:]}." for line in said) + _said(found["rows"])
 
 
 def _speed(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str]:
@@ -138,11 +138,18 @@ def _steps(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str]:
     if variants := named.get("variant of the step", []):
         parts += [
             f"What was tried, the step of {variants[0]['batch']} without head and draw, "
-            f"{variants[0]['routing']} routing "
-            "(single runs; the clock drifts by some percent between them):",
+            f"{variants[0]['routing']} routing, single runs{_drift(variants)}:",
             table(["variant", "ms"], [[row["variant"], row["step_ms"]] for row in variants]),
         ]
     return parts
+
+
+def _drift(variants: list[dict[str, Any]]) -> str:
+    """How far the step as it is comes from itself."""
+    own = [row["step_ms"] for row in variants if row["variant"].startswith("as it is")]
+    if len(own) < 2:
+        return ""
+    return f" (as it is, first and last, differ by {100 * (max(own) / min(own) - 1):.1f} %)"
 
 
 def _long(kernels: list[dict[str, Any]]) -> list[list[Any]]:
@@ -159,18 +166,21 @@ def _long(kernels: list[dict[str, Any]]) -> list[list[Any]]:
 
 
 def _binds(kernels: list[dict[str, Any]], bare: list[dict[str, Any]]) -> list[str]:
-    """What the experts' kernel and the short ones around it take of a layer."""
+    """What the experts' kernel and those around it take of a layer."""
     step = next((row for row in bare if row["batch"] == kernels[0]["batch"]), None)
     experts = next((row for row in kernels if "experts" in row["kernel"]), None)
     if step is None or experts is None:
         return []
     layers, used = experts["calls"], step["experts_in_use"]
-    around = sum(row["us"] for row in kernels if row["calls"] / layers * 2 > 1) - experts["us"]
+    others = [row for row in kernels if row is not experts and row["kernel"] != "all others"]
+    around = [row for row in others if row["calls"] >= layers - 1]
+    count, took = (sum(row[name] for row in around) / layers for name in ("calls", "us"))
+    ideal = (used * UNITS + SHARED_UNITS) * UNIT_BYTES / BYTES_PER_US
     return [
         f"What binds: in a layer the experts take {experts['us'] / layers:.0f} us, where reading "
-        f"{used:.0f} of them takes {used * EXPERT_BYTES / BYTES_PER_US:.0f}, and the seven kernels "
-        f"around them {around / layers:.0f} us, each too short to fill the memory's bandwidth. "
-        f"Early launches hide a part of that: the step takes {step['step_ms']:.2f} ms."
+        f"{used:.0f} of them and the shared one takes {ideal:.0f}; the {count:.0f} kernels around "
+        f"them take {took:.0f} us, some {took / count:.1f} each, which is latency. Early launches "
+        f"hide a part of that: the step takes {step['step_ms']:.2f} ms."
     ]
 
 
@@ -216,7 +226,7 @@ def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str
         "rounding alone changes experts, layer after layer: the trainer's own distance from the "
         f"reference kernels says how much of that there is.{fixed} In `replayed` rows the trainer "
         "takes the experts that the sampler used, as stage 3 does; the completions are those of "
-        f"the row before. Above the bar: {'; '.join(above) or 'none'}.",
+        f"the row before. Above the bar: {'; '.join(above) or 'none'}.{_said(rows)}",
         table(
             [
                 "weights",
@@ -241,6 +251,11 @@ def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str
             ],
         ),
     ]
+
+
+def _said(rows: list[dict[str, Any]]) -> str:
+    notes = sorted({row["note"] for row in rows if "note" in row})
+    return "".join(f" {note[0].upper()}{note[1:]}." for note in notes)
 
 
 def _weights(row: dict[str, Any]) -> str:

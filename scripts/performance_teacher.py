@@ -35,8 +35,8 @@ def teacher_scoring(
         for row in found["rows"]
     ]
     head = ["what", "reads", "tokens at a time", "tokens/s", "MFU %", "GiB", "times the best peer"]
-    is_one = len({row.get("run", found["date"]) for row in found["rows"]}) == 1
-    same = "in one process" if is_one else "in different runs"
+    runs = {row.get("run") for row in found["rows"]}
+    same = "in one process" if len(runs) == 1 and None not in runs else "in different runs"
     return "\n\n".join(
         [
             "## Teacher scoring: GPT-OSS-20B's shape",
@@ -49,10 +49,11 @@ def teacher_scoring(
             "layers are not compiled.",
             table(head, rows),
             f"{ours['tokens_per_s'] / peer:.2f} times the best peer (bar {BAR:.0f}); the likeliest "
-            f"ids cost {extra:.1f} % more (bar {EXTRA_BAR}). What binds: the products. A row of "
-            "16,384 tokens takes 227 ms of kernels: 117 for grouped products of the experts (some "
-            "670 TFLOP/s), 28 for the products around the attention, 25 for the head's; 15 for the "
-            "experts' gate, 12 for the attention, 9 for reading the logits.",
+            f"ids cost {extra:.1f} % more (bar {EXTRA_BAR}). What binds: the products. In a "
+            "profile of 2026-11-20 a row of 16,384 tokens took 227 ms of kernels: 117 for grouped "
+            "products of the experts (some 670 TFLOP/s), 28 for the products around the attention, "
+            "25 for the head's; 15 for the experts' gate, 12 for the attention, 9 for reading the "
+            "logits.",
         ]
     )
 

@@ -8,7 +8,7 @@ from tests.kernels.common import BF16, needs_gpu, relative_error
 from tests.kernels.test_fused import config_of
 from vpmoe.errors import ConfigError
 from vpmoe.head import token_logprobs
-from vpmoe.models.attention.tpa import TpaConfig
+from vpmoe.models.attention.tpa import Tpa, TpaConfig
 from vpmoe.models.decode import ReferenceDecoder
 from vpmoe.models.positions import GrapeAConfig
 from vpmoe.models.student import build_student
@@ -26,10 +26,11 @@ class TestKernels:
 
     @pytest.mark.parametrize("rows", [1, 7, 64, 100])
     @pytest.mark.parametrize("columns", [5, 1064])
-    def test_linear(self, rows, columns):
+    @pytest.mark.parametrize("dim", [192, 896])  # few tiles of 64, many of 128
+    def test_linear(self, rows, columns, dim):
         from vpmoe.kernels.decode import linear
 
-        x, weight = randn(rows, 192), randn(columns, 192, seed=1)
+        x, weight = randn(rows, dim), randn(columns, dim, seed=1)
         bias, residual = randn(columns, seed=2), randn(rows, columns, seed=3)
         expected = x.double() @ weight.double().T
         exact = torch.empty(rows, columns, device="cuda")
@@ -50,11 +51,16 @@ class TestKernels:
         scale = (expected.square().mean(1, keepdim=True) + 1e-6).rsqrt()
         assert relative_error(out, expected * scale * gamma.double()) < BF16
 
-    @pytest.mark.parametrize(("rows", "hot"), [(1, False), (64, False), (50, True), (256, False)])
-    def test_experts(self, rows, hot):
+    @pytest.mark.parametrize(
+        ("rows", "hot"), [(1, False), (64, False), (50, True), (100, True), (256, False)]
+    )
+    @pytest.mark.parametrize(
+        ("experts", "width", "wide", "dim"), [(32, 64, 96, 256), (8, 128, 512, 896)]
+    )
+    def test_experts(self, rows, hot, experts, width, wide, dim):
         from vpmoe.kernels.decode_experts import Network, num_parts, run_experts
 
-        experts, width, wide, dim, chosen = 32, 64, 96, 256, 4
+        chosen = 4
         x = randn(rows, dim)
         routed = Network(
             randn(experts, width, dim, scale=dim**-0.5, seed=1),
@@ -89,6 +95,58 @@ class TestKernels:
             one = network(picked, x.double()[:, None])[:, 0]
             expected += weights[:, slot, None].double() * one
         assert relative_error(parts.double().sum(1), expected) < BF16
+
+    @pytest.mark.parametrize(
+        ("num_heads", "kv_heads", "dim", "window", "slots"),
+        [
+            (8, 2, 64, None, 300),
+            (8, 2, 128, 128, 128),
+            (8, 2, 128, None, 300),
+            (6, 2, 32, 40, 40),
+            (8, 2, 256, None, 300),
+            (64, 1, 128, None, 300),
+            (64, 1, 256, None, 300),
+        ],
+    )
+    def test_attention(self, num_heads, kv_heads, dim, window, slots):
+        from vpmoe.kernels.decode_attention import Heads, attend_cached
+
+        places = torch.tensor([0, 1, 77, 128, 299], device="cuda")
+        rows, group = len(places), num_heads // kv_heads
+        projected = randn(rows, (num_heads + 2 * kv_heads) * dim)
+        keys, values = (randn(rows, slots, kv_heads, dim, seed=seed) for seed in (1, 2))
+        gammas = (randn(dim, seed=3), randn(dim, seed=4))
+        sinks = randn(num_heads, seed=5, dtype=torch.float32)
+        slopes = randn(num_heads, seed=6, dtype=torch.float32).abs() / 50
+        out, kept = randn(rows, num_heads * dim, seed=7), randn(rows, kv_heads, dim, seed=8)
+        before = (keys.double(), values.double())
+        heads = Heads(
+            num_heads, 0, 0, window, biases=None, gammas=gammas, rotation=None, value_lambda=None,
+            sinks=sinks, slopes=slopes, eps=1e-6,
+        )  # fmt: skip
+        attend_cached(projected, heads, places, keys, values, kept, out, keep_values=True)
+
+        parts = projected.double().view(rows, -1, dim).split([num_heads, kv_heads, kv_heads], dim=1)
+        norms = [part.square().mean(2, keepdim=True).add(1e-6).rsqrt() for part in parts[:2]]
+        query, key = (p * n * g.double() for p, n, g in zip(parts, norms, gammas, strict=False))
+        fresh = (torch.arange(rows, device="cuda"), places % slots)
+        assert relative_error(keys[fresh], key) < BF16
+        assert relative_error(values[fresh], parts[2]) < BF16
+        assert torch.equal(kept, values[fresh])
+        slot = torch.arange(slots, device="cuda")
+        distance = (places[:, None] - 1 - slot) % slots + 1
+        seen = slot < places[:, None]
+        if window is not None:
+            seen &= distance < window
+        every = torch.cat([before[0], key[:, None]], dim=1).repeat_interleave(group, dim=2)
+        score = torch.einsum("rnd,rsnd->rns", query, every) * dim**-0.5
+        distance = torch.nn.functional.pad(distance, (0, 1))
+        score -= slopes.double()[:, None] * distance[:, None]
+        score.masked_fill_(~torch.nn.functional.pad(seen, (0, 1), value=True)[:, None], -torch.inf)
+        sunk = torch.cat([score, sinks.double().expand(rows, -1)[..., None]], dim=2).softmax(2)
+        every = torch.cat([before[1], parts[2][:, None]], dim=1).repeat_interleave(group, dim=2)
+        expected = torch.einsum("rns,rsnd->rnd", sunk[..., :-1], every)
+        assert relative_error(out.view_as(expected), expected) < 2 * BF16  # scores of bf16 heads
 
     @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
     @pytest.mark.parametrize("vocab", [97, 20_011])
@@ -165,6 +223,42 @@ class TestStudent:
         errors = torch.stack(errors)
         assert errors.median() < 0.02
         assert (errors > 0.05).float().mean() < 0.15
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_a_refreshed_decoder_has_the_parameters_of_the_moment(self, bias):
+        from vpmoe.models.decode_fused import FusedDecoder
+
+        student, _ = shaken_pair(attention_bias=bias)
+        decoder = FusedDecoder(student, slots=2, capacity=64)
+
+        def places():
+            kept = ((s.joint, s.joint_bias, s.halves) for s in decoder.steps)
+            return [None if t is None else t.data_ptr() for tensors in kept for t in tensors]
+
+        before = places()
+        for parameter in student.parameters():
+            parameter.mul_(1.5)
+        decoder.refresh()
+        assert places() == before  # a graph reads there
+        for layer, step in zip(student.layers, decoder.steps, strict=True):
+            attention = layer.attention
+            names = ("q_proj", "k_proj", "v_proj")
+            if isinstance(attention, Tpa):
+                names = ("q_b", "k_b", "v_b", "q_a", "k_a", "v_a")
+            parts = [getattr(attention, name) for name in names]
+            assert torch.equal(step.joint, torch.cat([part.weight for part in parts]))
+            biases = [
+                part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias
+                for part in parts
+            ]
+            assert (step.joint_bias is None) == all(part.bias is None for part in parts)
+            if step.joint_bias is not None:
+                assert torch.equal(step.joint_bias, torch.cat(biases))
+            if step.halves is not None:
+                weight = layer.mlp.router.weight.double()
+                high, low = step.halves.double().chunk(2)
+                assert ((high + low - weight).abs() <= weight.abs() * 2**-16).all()
 
     @torch.no_grad()
     def test_completions_are_those_of_the_uncached_student(self):

@@ -183,6 +183,19 @@ def test_bfloat16_keeps_what_must_stay_float32():
     assert output.load_balance_sum.dtype == torch.float32
 
 
+@pytest.mark.parametrize("override", ABLATIONS)
+def test_without_gradients_the_mode_changes_nothing(override):
+    """So sampling and held-out losses need no evaluation mode; a dropout would."""
+    student = student_of(override)
+    tokens, positions, documents, _ = packed_batch()
+    with torch.no_grad():
+        states = [
+            student.train(mode)(tokens, positions=positions, document_ids=documents).hidden
+            for mode in (True, False)
+        ]
+    assert torch.equal(*states)
+
+
 def test_training_passes_count_tokens_and_others_do_not():
     student = student_of()
     tokens, positions, documents, _ = packed_batch()

@@ -99,5 +99,6 @@ def test_short_kernels_are_shown_as_one_and_the_page_says_what_binds():
     text = "\n".join(performance_sampling._steps(named, lambda head, rows: str(rows)))
     assert "[['`experts`', 80, 2080.0], ['`linear`', 239, 900.0], ['`head`', 1, 114.0]," in text
     assert "['all others', 16, 20.0]]" in text
-    assert "experts take 26 us, where reading 162 of them takes 20, and the seven kernels" in text
-    assert "around them 11 us" in text and "the step takes 3.78 ms" in text
+    assert "experts take 26 us, where reading 162 of them and the shared one takes 20;" in text
+    assert "the 3 kernels around them take 11 us, some 3.8 each" in text
+    assert "the step takes 3.78 ms" in text

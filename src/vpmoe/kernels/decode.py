@@ -29,7 +29,7 @@ def _norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < D
-    gain = tl.load(gamma + d, inside, other=0.0).to(tl.float32)
+    gain = tl.load(gamma + d, inside, other=0.0).to(tl.float32)  # beside the kernel before
     follow(PDL)
     x = tl.load(stream + row * D + d, inside, other=0.0).to(tl.float32)
     for p in tl.static_range(PARTS):

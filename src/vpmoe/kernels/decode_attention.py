@@ -10,7 +10,10 @@ from torch import Tensor
 from vpmoe.kernels.decode import ROWS
 from vpmoe.kernels.overlap import fetch_early, follow, overlap
 
-BLOCK = 128  # keys that a program looks at together, fewer of wide heads
+BLOCK = 128  # keys that a program looks at together at most
+TILE = 1 << 14  # numbers of their heads at most; half of it for many query heads, whose products
+WIDE = 64  # take a buffer more from this many on
+STAGES = 4  # blocks under way
 EARLY = 128  # slots of a ring that are asked for while the projection still runs
 
 
@@ -177,21 +180,21 @@ def _attend_kernel(
     MIXED: tl.constexpr = V + R * H  # where the mixtures begin
     MIXED_K: tl.constexpr = MIXED + N * RQ
     lane, group = tl.arange(0, HALF), tl.arange(0, G)
-    real = group < N // KV
+    real, whole = group < N // KV, lane >= 0
     head, own = h * (N // KV) + group, h + tl.arange(0, 1)
     always = own >= 0
     at, at_own = head[:, None] * H + lane[None, :], own[:, None] * H + lane[None, :]
-    all_real, all_own = real[:, None] & (lane >= 0)[None, :], at_own >= 0
-    # All that kernels just before do not write is asked for while they still run.
+    all_real, all_own = real[:, None] & whole[None, :], always[:, None] & whole[None, :]
+    # All that the kernel before does not write is read while it still runs.
     place = tl.load(places + b).to(tl.int32)
     keys, values = keys + b * SIZE * KV * H, values + b * SIZE * KV * H
     if EARLY > 0:
         _fetch_ring(keys + h * H, values + h * H, tl.minimum(place, SIZE), KV, H, EARLY, PDL)
     qb1, qb2, qg1, qg2 = _parameters(q_bias, q_gamma, at, all_real, lane, HALF, BIAS, NORM)
     kb1, kb2, kg1, kg2 = _parameters(k_bias, k_gamma, at_own, all_own, lane, HALF, BIAS, NORM)
-    vb1, vb2, _, _ = _parameters(v_bias, k_gamma, at_own, all_own, lane, HALF, BIAS, False)
-    c = _given(cosines, b * HALF + lane, lane >= 0, ROTATE)[None, :]
-    s = _given(sines, b * HALF + lane, lane >= 0, ROTATE)[None, :]
+    vb1, vb2 = _given(v_bias, at_own, all_own, BIAS), _given(v_bias, at_own + HALF, all_own, BIAS)
+    c = _given(cosines, b * HALF + lane, whole, ROTATE)[None, :]
+    s = _given(sines, b * HALF + lane, whole, ROTATE)[None, :]
     share = _given(value_lambda, own * 0, always, MIX)[:, None]
     slope, sink = _given(slopes, head, real, SLOPES), _given(sinks, head, real, SINKS)
     follow(PDL)
@@ -286,6 +289,6 @@ def attend_cached(
         BIAS=heads.biases is not None, NORM=heads.gammas is not None,
         ROTATE=heads.rotation is not None, MIX=heads.value_lambda is not None, KEEP=keep_values,
         SINKS=heads.sinks is not None, SLOPES=heads.slopes is not None,
-        G=group, BLOCK=min(BLOCK, (1 << 14) // dim), EARLY=EARLY,
-        num_warps=4, num_stages=4, **overlap(),
+        G=group, BLOCK=min(BLOCK, (TILE if group < WIDE else TILE // 2) // dim), EARLY=EARLY,
+        num_warps=4, num_stages=STAGES, **overlap(),
     )  # fmt: skip

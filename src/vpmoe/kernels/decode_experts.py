@@ -16,7 +16,7 @@ WARPS = 8
 STAGES = 3  # tiles of weights under way
 DEPTH = 128  # of a tile of weights
 GUESSED = 256  # columns of every expert's first matrix that are asked for while the router chooses
-TEAMS = 4  # programs among which the tiles of one expert's tokens are dealt out
+TEAMS = 4  # programs at most among which the tiles of one expert's tokens are dealt out
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _experts_kernel(
     own: tl.constexpr = SHARED // F
     pieces: tl.constexpr = WIDTH // F if E > 0 else 1
     which = program - own * GROUPS
-    expert = which // pieces % max(E, 1)  # teams outermost: the second one is mostly idle
+    expert = which // pieces % max(E, 1)  # teams outermost: later ones are mostly idle
     piece = which % pieces
     team = which // (pieces * max(E, 1))
     if GUESSED > 0 and which >= 0 and team == 0:
@@ -205,8 +205,8 @@ def run_experts(
     piece = piece_of(width, wide)
     groups = triton.cdiv(rows, ROWS)
     block = depth_of(dim, DEPTH)
-    teams = max(TEAMS, rows // 32)
-
+    teams = min(groups, max(TEAMS, rows // 32))
+    guessed = min(GUESSED, 1 << dim.bit_length() - 1)  # a power of two
     _experts_kernel[(wide // piece * groups + teams * experts * (width // piece),)](
         x, ids, weights, *_pointers(routed or given), *_pointers(shared or given),
         shared_weight, parts, rows,
@@ -214,7 +214,7 @@ def run_experts(
         SLOTS=triton.next_power_of_2(rows * chosen), GROUPS=groups, TEAMS=teams, ROWS=ROWS,
         BK=block, BN=block,
         BIAS=given.up_bias is not None, SCALED=shared_weight is not None,
-        GUESSED=min(GUESSED, 1 << dim.bit_length() - 1) if 2 * rows * chosen >= experts else 0,
+        GUESSED=guessed if 2 * rows * chosen >= experts else 0,  # few tokens: most are not read
         LINES=triton.next_power_of_2(triton.cdiv(dim, 64)),
         num_warps=WARPS, num_stages=STAGES, **overlap(),
     )  # fmt: skip

@@ -11,9 +11,11 @@ ENABLED = True
 
 @triton.jit
 def follow(PDL: tl.constexpr) -> Any:
-    """Wait for the kernel before, then let the next one come; before anything is read or written.
+    """Wait for the kernel before, then let the next one come; before anything is written.
 
-    In this order no more than two kernels of a chain share the machine.
+    In this order no more than two kernels of a chain share the machine. What stands before it runs
+    beside the kernel before: it may read parameters, and what a kernel further back has written,
+    never what the kernel just before writes.
     """
     if PDL:
         gdc_wait()
@@ -22,7 +24,7 @@ def follow(PDL: tl.constexpr) -> Any:
 
 @triton.jit
 def fetch_early(pointers, PDL: tl.constexpr) -> Any:
-    """Have lines of memory that no kernel of the chain writes brought to the L2 while waiting."""
+    """Have lines of memory brought to the L2, where later writes reach them too."""
     if PDL:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers],

@@ -145,7 +145,7 @@ def _choose_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     e = tl.arange(0, E)
-    lift = tl.load(expert_bias + e)[None, :]
+    lift = tl.load(expert_bias + e)[None, :]  # beside the kernel before, as all parameters
     if BIAS:
         shift = tl.load(bias + e)[None, :]
     follow(PDL)

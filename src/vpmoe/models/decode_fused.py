@@ -177,7 +177,7 @@ class FusedDecoder(Decoder):
                         parameters.append(part.bias.detach())
             if step.halves is not None and isinstance(layer.mlp, Moe):
                 split_weight(layer.mlp.router.weight.detach(), out=step.halves)
-        # A few launches for all layers.
+        # A few launches for the projections of all layers.
         torch._foreach_copy_(into, parameters)  # pyright: ignore[reportPrivateImportUsage]
 
     def _read_prompts(
