@@ -11,8 +11,8 @@ from vpmoe.kernels.decode import ROWS
 from vpmoe.kernels.overlap import fetch_early, follow, overlap
 
 BLOCK = 128  # keys that a program looks at together at most
-TILE = 1 << 14  # numbers of their heads at most; half of it for many query heads, whose products
-WIDE = 64  # take a buffer more from this many on
+TILE = 1 << 14  # numbers in the heads of those keys at most, so that all blocks under way fit
+WIDE = 64  # query heads from which on half of that: their products take a buffer more
 STAGES = 4  # blocks under way
 EARLY = 128  # slots of a ring that are asked for while the projection still runs
 
