@@ -212,8 +212,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, help="JSON list, instead of rendering the sample")
     parser.add_argument("--out", type=Path, default=RESULTS / "teacher-scoring.json")
     args = parser.parse_args()
-    model = build(args.layers)
     sequences, record = begin(args) if set(args.parts) & {"peer", "ours"} else ([], None)
+    model = build(args.layers)
     if "peer" in args.parts:
         for row in peer(model, sequences, args.peer, args.repetitions):
             record.add(row)

@@ -210,7 +210,7 @@ def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str
     if not rows:
         return []
     above = [
-        f"{_weights(row)}, {row['routing']} routing"
+        f"{row['weights']}, {row['routing']} routing"
         for row in rows
         if row["drawn_mean_abs_nats"] > AGREEMENT_BAR
     ]
@@ -239,7 +239,7 @@ def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str
             ],
             [
                 [
-                    _weights(row),
+                    row["weights"],
                     row["layers"],
                     row["routing"],
                     row["drawn_mean_abs_nats"],
@@ -256,7 +256,3 @@ def _agreement(named: dict[str, list[dict[str, Any]]], table: Table) -> list[str
 def _said(rows: list[dict[str, Any]]) -> str:
     notes = sorted({row["note"] for row in rows if "note" in row})
     return "".join(f" {note[0].upper()}{note[1:]}." for note in notes)
-
-
-def _weights(row: dict[str, Any]) -> str:
-    return row.get("weights", "random, small embeddings")

@@ -61,5 +61,6 @@ def test_a_size_that_is_not_measured_again_keeps_its_rows(tmp_path, monkeypatch)
     assert measure(32) == [*((16, name) for name in reads), *((32, name) for name in reads)]
     assert measure(16) == [*((32, name) for name in reads), *((16, name) for name in reads)]
     out.write_text(json.dumps({**json.loads(out.read_text()), "rows": [{"what": "of no part"}]}))
+    monkeypatch.setattr(teacher_scoring, "build", lambda layers: pytest.fail("built for nothing"))
     with pytest.raises(SystemExit, match="has rows of no part: move it away, or give another"):
         measure(16)

@@ -16,7 +16,7 @@ WARPS = 8
 STAGES = 3  # tiles of weights under way
 DEPTH = 128  # of a tile of weights
 GUESSED = 256  # columns of every expert's first matrix that are asked for while the router chooses
-TEAMS = 4  # programs at most among which the tiles of one expert's tokens are dealt out
+TEAMS = 4  # programs among which an expert's tiles are dealt out; more beyond 128 tokens
 
 
 @triton.jit
